@@ -1,0 +1,319 @@
+"""What every recipe shares: configuration, step times, and the record of a run (optimizers: `optimizers.py`).
+
+A recipe's configuration is one or more dataclasses. `parse_config` fills them from a YAML file and then from the
+command line, which wins: `python recipes/gpt2_lora_e2e.py --config run.yaml --learning_rate 1e-3`.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
+
+
+class UserError(ValueError):
+    """Bad input that the message explains fully: `run_main` prints it without a traceback."""
+
+
+def run_main(main: Callable[[], Any]) -> None:
+    """Call a recipe's main function; a `UserError` becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ---------------------------------------------------------------- configuration
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> Any:
+        # argparse would print the usage of some 150 options above the one line that matters
+        raise UserError(message)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'learning_rate'?` for the nearest of `known`, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"config file {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"config file {path} is not valid YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"config file {path} must hold `key: value` lines, got a {type(content).__name__}")
+    return content
+
+
+def parse_config(
+    types: type | Sequence[type], argv: Sequence[str] | None = None, description: str | None = None
+) -> tuple[Any, ...]:
+    """Fill dataclasses from `--config FILE.yaml` and command-line options; the command line wins.
+
+    YAML values pass through the same type checks as options, so `learning_rate: 1e-3` (which YAML 1.1 reads
+    as a string) is a number here. An unknown key or option raises `UserError` and names the nearest known one.
+
+    Args:
+        types: dataclass types; a field name must be in one of them only.
+        argv: the options, `sys.argv[1:]` by default.
+        description: shown by `--help`.
+    """
+    parser = _Parser(types, description=description, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE.yaml", help="settings to start from; options override them")
+    known = {action.dest for action in parser._actions} - {"help", "config"}
+    argv = list(sys.argv[1:] if argv is None else argv)
+
+    config, _ = _config_option(argv)
+    from_file: list[str] = []
+    for key, value in (_read_yaml(config) if config else {}).items():
+        if key not in known:
+            raise UserError(f"config file {config}: unknown key {key!r}{did_you_mean(str(key), known)}")
+        if value is None:
+            parser.set_defaults(**{key: None})
+        elif isinstance(value, list):
+            from_file += [f"--{key}", *map(str, value)]
+        else:
+            from_file.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
+
+    *filled, _namespace, unknown = parser.parse_args_into_dataclasses(
+        from_file + argv, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        option = next((word for word in unknown if word.startswith("--")), unknown[0])
+        name = option.lstrip("-").split("=")[0].replace("-", "_")
+        raise UserError(f"unknown option {option!r}{did_you_mean(name, known)}")
+    return tuple(filled)
+
+
+def _config_option(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    namespace, rest = parser.parse_known_args(argv)
+    return namespace.config, rest
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Every plain tensor inside containers, sharded tensors and quantised tensors, as held by this process."""
+    if isinstance(value, torch.Tensor):
+        if hasattr(value, "to_local"):  # DTensor
+            yield from _tensors(value.to_local())
+        elif hasattr(value, "__tensor_flatten__"):  # a subclass made of several tensors: quantised state
+            for name in value.__tensor_flatten__()[0]:
+                yield from _tensors(getattr(value, name))
+        else:
+            yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple | set):
+        for item in value:
+            yield from _tensors(item)
+
+
+def optimizer_state_bytes(optimizer: Any) -> int:
+    """Bytes of the tensors in the optimizer's state held by this process; one shared by several blocks counts once.
+
+    Args:
+        optimizer: a torch optimizer, or accelerate's wrapper around one.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    distinct = {id(t): t for t in _tensors(list(optimizer.state.values()))}
+    return sum(t.numel() * t.element_size() for t in distinct.values())
+
+
+class StepTimer(TrainerCallback):
+    """Times each training step (forward, backward, update; not data loading) and the optimizer's part of it.
+
+    The first `skip` steps are kept apart: they hold allocation, warm-up of the kernels, and calibration. In a bare loop
+    call `start`, `before_update`, `after_update` and `stop` around the same places.
+    """
+
+    def __init__(self, skip: int = 2):
+        self.skip = skip
+        self.steps: list[float] = []
+        self.updates: list[float] = []
+
+    @staticmethod
+    def _now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def start(self) -> None:
+        self._start = self._now()
+
+    def before_update(self) -> None:
+        self._update = self._now()
+
+    def after_update(self) -> None:
+        self.updates.append(self._now() - self._update)
+
+    def stop(self) -> None:
+        self.steps.append(self._now() - self._start)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.start()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.before_update()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.after_update()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.stop()
+
+    def summary(self) -> dict[str, Any]:
+        """Milliseconds over the steps after the first `skip`: median, quartiles, and the optimizer's median share."""
+        steps = [1000 * t for t in self.steps[self.skip :]]
+        updates = [1000 * t for t in self.updates[self.skip :]]
+        if not steps or len(steps) != len(updates):
+            return {"steps_timed": 0}
+        quartiles = statistics.quantiles(steps, n=4, method="inclusive") if len(steps) > 1 else [steps[0]] * 3
+        return {
+            "steps_timed": len(steps),
+            "step_ms": round(quartiles[1], 3),
+            "step_ms_quartiles": [round(quartiles[0], 3), round(quartiles[2], 3)],
+            "optimizer_ms": round(statistics.median(updates), 3),
+            "optimizer_share": round(statistics.median(u / s for u, s in zip(updates, steps, strict=True)), 4),
+            "first_step_ms": round(1000 * self.steps[0], 3),
+        }
+
+
+# ---------------------------------------------------------------- the record of a run
+
+_PACKAGES = (
+    *("hf_sai", "torch", "transformers", "accelerate", "peft", "datasets", "evaluate", "tokenizers", "numpy"),
+    *("diffusers", "trl", "sgd-sai", "adam-mini", "prodigyopt", "bitsandbytes", "triton"),
+)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the installed packages that matter to a result."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def machine() -> dict[str, Any]:
+    """The hardware: processor, cores, threads, memory, accelerators. Holds no host or user name."""
+    described: dict[str, Any] = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+    }
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        described["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    if torch.cuda.is_available():
+        described["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return described
+
+
+_ALWAYS = ("optim", "learning_rate", "weight_decay", "per_device_train_batch_size", "max_grad_norm", "seed")
+_PRIVATE = ("token", "output_dir", "logging_dir", "run_name", "hub_model_id")
+
+
+def public_settings(*configs: Any) -> dict[str, Any]:
+    """The settings of dataclass configs for a record: no tokens, a path by its last part only.
+
+    Of `TrainingArguments` only what differs from its defaults, and always the learning rate and the optimizer.
+    """
+    found: dict[str, Any] = {}
+    for config in configs:
+        for spec in dataclasses.fields(config):
+            value = getattr(config, spec.name)
+            value = getattr(value, "value", value)
+            default = spec.default_factory() if callable(spec.default_factory) else spec.default
+            default = getattr(default, "value", default)
+            optional = isinstance(config, TrainingArguments) and spec.name not in _ALWAYS
+            if any(word in spec.name for word in _PRIVATE) or (optional and (value == default or not value)):
+                continue
+            if isinstance(value, str) and (os.path.isabs(value) or ".." in Path(value).parts or os.path.exists(value)):
+                value = Path(value).name
+            if isinstance(value, bool | int | float | str | list | dict | None):
+                found[spec.name] = value
+    return found
+
+
+def run_record(recipe: str, configs: Sequence[Any], **results: Any) -> dict[str, Any]:
+    """What `results/*.json` holds: the recipe, when, its settings, versions, machine, then `results` as given."""
+    return {
+        "recipe": recipe,
+        "finished": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "config": public_settings(*configs),
+        **results,
+        "machine": machine(),
+        "versions": versions(),
+    }
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write a file in one piece: under a temporary name in the same folder, then renamed. Folders are made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files only their owner can read
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN or infinity: a diverged loss becomes the word."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def write_json(path: str | Path, content: Any) -> Path:
+    """`write_text` of indented JSON."""
+    return write_text(path, json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")

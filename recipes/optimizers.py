@@ -1,0 +1,187 @@
+"""Optimizers by name, for recipes that use the Trainer and for those with a bare loop.
+
+A recipe's `optim` takes transformers' own names (`adamw_torch`, `sgd`, ...) and those of `OWN_OPTIMIZERS`: ours, and
+the rivals of the paper's tables, from the packages that publish them.
+"""
+
+import ast
+import inspect
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.training_args import OptimizerNames
+
+from recipes.common import UserError, did_you_mean
+
+# The names a recipe's `optim` takes besides transformers' own.
+OWN_OPTIMIZERS = ("sgd_sai", "sgd_sai_authors", "sgdm", "adam_mini", "prodigy", "scaled_adamw", "scaled_sgd")
+
+
+def check_optimizer_name(name: str) -> str | OptimizerNames:
+    """The name itself for one of `OWN_OPTIMIZERS`, transformers' enum member for one of its own."""
+    name = getattr(name, "value", name)
+    if name in OWN_OPTIMIZERS:
+        return name
+    stock = [member.value for member in OptimizerNames]
+    if name not in stock:
+        known = sorted({*OWN_OPTIMIZERS, *stock})
+        raise UserError(f"optim: unknown optimizer {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
+    return OptimizerNames(name)
+
+
+@dataclass
+class RecipeArguments(TrainingArguments):
+    """`TrainingArguments` whose `optim` also takes the optimizers of `OWN_OPTIMIZERS`."""
+
+    optim: str = field(
+        default="sgd_sai",
+        metadata={"help": f"One of {', '.join(OWN_OPTIMIZERS)}, or any optimizer of transformers' Trainer."},
+    )
+    report_to: None | str | list[str] = field(  # noqa: RUF036 (HfArgumentParser takes the second as the type)
+        default="none", metadata={"help": "Trackers to log to (wandb, tensorboard, ...), or none."}
+    )
+
+    def __post_init__(self) -> None:
+        optim = check_optimizer_name(self.optim)
+        # The parent accepts its own names only; the recipes hand the optimizer to the Trainer themselves.
+        self.optim = optim if isinstance(optim, OptimizerNames) else OptimizerNames.ADAMW_TORCH
+        super().__post_init__()
+        self.optim = optim
+
+
+@dataclass
+class OptimizerArguments:
+    """The optimizer's part of the configuration, for recipes with their own training loop."""
+
+    optim: str = field(
+        default="sgd_sai",
+        metadata={"help": f"One of {', '.join(OWN_OPTIMIZERS)}, or any optimizer of transformers' Trainer."},
+    )
+    optim_args: str | None = field(default=None, metadata={"help": "Comma-separated key=value pairs."})
+    learning_rate: float = field(
+        default=1e-3, metadata={"help": "In AdamW's units, for sgd_sai too unless optim_args says scaling=raw."}
+    )
+    weight_decay: float = field(default=0.0, metadata={"help": "Not applied to biases and norms."})
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    lr_scheduler_type: str = "linear"
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        self.optim = check_optimizer_name(self.optim)
+
+
+def _own_optim_args(cls: Callable[..., Any], text: str | None, extra: Iterable[str] = ()) -> dict[str, Any]:
+    """`momentum=0.95,nesterov=true` as keyword arguments of `cls`, each a Python literal or a word."""
+    valid = {*inspect.signature(cls).parameters, *extra} - {"params", "named_parameters"}
+    parsed: dict[str, Any] = {}
+    for pair in filter(None, (text or "").replace(" ", "").split(",")):
+        key, separator, value = pair.partition("=")
+        if not separator or key not in valid:
+            raise UserError(f"optim_args: {pair!r} must be key=value with a key of {', '.join(sorted(valid))}")
+        try:
+            parsed[key] = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(value.lower(), value))
+        except (ValueError, SyntaxError):
+            parsed[key] = value
+    return parsed
+
+
+def _class_and_kwargs(args: Any) -> tuple[type[Optimizer], dict[str, Any]] | None:
+    """Optimizers that are a class with keyword arguments; None for those that need the model."""
+    adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if args.optim == "sgd_sai":
+        from hf_sai import sgd_sai_from_args
+
+        return sgd_sai_from_args(args)
+    if args.optim == "sgdm":
+        return torch.optim.SGD, {
+            "lr": args.learning_rate,
+            "momentum": 0.9,
+            **_own_optim_args(torch.optim.SGD, args.optim_args),
+        }
+    if args.optim == "sgd_sai_authors":
+        from sgd_sai import SGD_sai
+
+        return SGD_sai, {"lr": args.learning_rate, **_own_optim_args(SGD_sai, args.optim_args)}
+    if args.optim == "prodigy":
+        from prodigyopt import Prodigy
+
+        return Prodigy, {"lr": args.learning_rate, **adam, **_own_optim_args(Prodigy, args.optim_args)}
+    return None
+
+
+def _from_model(model: nn.Module, args: Any) -> Optimizer:
+    """Optimizers that need the parameters' names or LoRA's pairs: adam_mini, scaled_adamw, scaled_sgd."""
+    adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if args.optim == "adam_mini":
+        from adam_mini import Adam_mini
+
+        config = getattr(model, "config", None)
+        heads = {
+            "dim": getattr(config, "hidden_size", None),
+            "n_heads": getattr(config, "num_attention_heads", None),
+            "n_kv_heads": getattr(config, "num_key_value_heads", None),
+        }
+        return Adam_mini(
+            [(name, p) for name, p in model.named_parameters() if p.requires_grad],
+            lr=args.learning_rate,
+            weight_decay=args.weight_decay,
+            verbose=False,
+            **{key: value for key, value in heads.items() if value is not None},
+            **{**adam, **_own_optim_args(Adam_mini, args.optim_args)},
+        )
+    from peft.optimizers import create_riemannian_optimizer
+
+    cls = torch.optim.AdamW if args.optim == "scaled_adamw" else torch.optim.SGD
+    kwargs = adam if args.optim == "scaled_adamw" else {}
+    return create_riemannian_optimizer(
+        model,
+        cls,
+        lr=args.learning_rate,
+        **{"weight_decay": args.weight_decay, **kwargs, **_own_optim_args(cls, args.optim_args, extra=("reg",))},
+    )
+
+
+def trainer_optimizer(model: nn.Module, args: Any) -> dict[str, Any]:
+    """The keyword arguments that make a stock `Trainer` use `args.optim`: `Trainer(model, args, **this)`.
+
+    Empty for the Trainer's own optimizers; `optimizer_cls_and_kwargs` for a class, which also works when the Trainer
+    shards the model first; `optimizers` for those built from the model.
+    """
+    if isinstance(args.optim, OptimizerNames):
+        return {}
+    by_class = _class_and_kwargs(args)
+    return {"optimizer_cls_and_kwargs": by_class} if by_class else {"optimizers": (_from_model(model, args), None)}
+
+
+def build_optimizer(model: nn.Module, args: Any) -> Optimizer:
+    """The optimizer `args.optim` for a bare loop, with the Trainer's two groups (no decay on biases and norms)."""
+    if isinstance(args.optim, OptimizerNames):
+        by_class = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    else:
+        by_class = _class_and_kwargs(args)
+    if by_class is None:
+        return _from_model(model, args)
+    cls, kwargs = by_class
+    decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for name, p in trainable if name in decayed], "weight_decay": args.weight_decay},
+        {"params": [p for name, p in trainable if name not in decayed], "weight_decay": 0.0},
+    ]
+    return cls([group for group in groups if group["params"]], **kwargs)
+
+
+def build_optimizer_and_scheduler(model: nn.Module, args: Any, num_training_steps: int) -> tuple[Optimizer, Any]:
+    """`build_optimizer` with the learning-rate schedule of `args.lr_scheduler_type` and `args.warmup_steps`."""
+    optimizer = build_optimizer(model, args)
+    warmup = args.warmup_steps
+    warmup = math.ceil(warmup * num_training_steps) if 0 < warmup < 1 else int(warmup)
+    return optimizer, get_scheduler(args.lr_scheduler_type, optimizer, warmup, num_training_steps)
