@@ -1,0 +1,43 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
+# Tests run on two processes of one thread each: torch's own threads only fight for two cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: help demo test test-slow lint types format clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+$(VENV)/.recipes: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e '.[recipes]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e '.[dev]'
+	touch $@ $(VENV)/.recipes
+
+demo: $(VENV)/.recipes  ## LoRA on E2E-style data, SGD-SaI beside AdamW; DATA=folder for the real E2E set
+	$(BIN)/python recipes/demo.py $(if $(DATA),--data $(DATA))
+
+test: $(VENV)/.dev  ## the whole suite less the tests marked slow
+	$(PYTEST) -n 2 --dist loadgroup -m "not slow and not cuda" $(ARGS)
+
+test-slow: $(VENV)/.dev  ## the long tests
+	$(PYTEST) -m slow $(ARGS)
+
+lint: $(VENV)/.dev  ## ruff
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(VENV)/.dev  ## mypy strict on the package
+	$(BIN)/mypy
+
+format: $(VENV)/.dev  ## rewrite in the house format
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+clean:  ## remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

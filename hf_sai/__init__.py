@@ -1,0 +1,53 @@
+"""SGD-SaI for the Hugging Face stack: SGD with momentum, scaled once per block by the g-SNR of its first gradient.
+
+Importing this package loads torch and nothing heavier; whatever needs transformers, triton or matplotlib
+is imported when its name is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from hf_sai.optimizer import SGDSaI
+
+if TYPE_CHECKING:
+    from hf_sai.callbacks import GSNRCallback, gsnr_table
+    from hf_sai.trainer import (
+        SaITrainer,
+        SaITrainingArguments,
+        create_sgd_sai,
+        register,
+        sgd_sai_from_args,
+    )
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GSNRCallback",
+    "SGDSaI",
+    "SaITrainer",
+    "SaITrainingArguments",
+    "create_sgd_sai",
+    "gsnr_table",
+    "register",
+    "sgd_sai_from_args",
+]
+
+_LAZY = {
+    "GSNRCallback": "hf_sai.callbacks",
+    "SaITrainer": "hf_sai.trainer",
+    "SaITrainingArguments": "hf_sai.trainer",
+    "create_sgd_sai": "hf_sai.trainer",
+    "gsnr_table": "hf_sai.callbacks",
+    "register": "hf_sai.trainer",
+    "sgd_sai_from_args": "hf_sai.trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

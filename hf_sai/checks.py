@@ -1,0 +1,102 @@
+"""What SGDSaI refuses, each with the name, the value, the rule and the remedy. Checks change nothing."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SCALINGS = ("raw", "max", "adamw")
+MOMENTUM_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def momentum_dtype(param: Tensor, choice: torch.dtype | str | None) -> torch.dtype:
+    """The dtype of a parameter's momentum buffer: the chosen one, else the parameter's own."""
+    if choice is None:
+        return param.dtype
+    return MOMENTUM_DTYPES[choice] if isinstance(choice, str) else choice
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Raise ValueError for the first hyper-parameter of a param group that is out of range."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr as a tensor must have one element, got shape {tuple(lr.shape)}")
+    _check_number("lr", lr, low=0.0)
+    _check_number("momentum", group["momentum"], low=0.0, below=1.0)
+    _check_number("eps", group["eps"], low=0.0)
+    _check_number("weight_decay", group["weight_decay"], low=0.0)
+    if group["scaling"] not in SCALINGS:
+        raise ValueError(f"scaling must be one of {', '.join(map(repr, SCALINGS))}, got {group['scaling']!r}")
+    for name in ("maximize", "stochastic_rounding"):
+        if not isinstance(group[name], bool):
+            raise ValueError(f"{name} must be True or False, got {group[name]!r}")
+    for name in ("foreach", "fused"):
+        if group[name] not in (None, True, False):
+            raise ValueError(f"{name} must be True, False or None (chosen by the device), got {group[name]!r}")
+    if group["foreach"] and group["fused"]:
+        raise ValueError("foreach and fused cannot both be True; leave one of them None")
+    choice = group["momentum_dtype"]
+    if choice not in (None, *MOMENTUM_DTYPES, *MOMENTUM_DTYPES.values()):
+        raise ValueError(f"momentum_dtype must be None or one of {', '.join(MOMENTUM_DTYPES)}, got {choice!r}")
+
+
+def _check_number(name: str, value: Any, *, low: float, below: float = math.inf) -> None:
+    rule = f"in [{low:g}, {below:g})" if below < math.inf else f"a finite number >= {low:g}"
+    if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
+        raise ValueError(f"{name} must be {rule}, got {value!r}")
+    if not low <= float(value) < below:
+        raise ValueError(f"{name} must be {rule}, got {float(value)!r}")
+
+
+def check_parameters(group: Mapping[str, Any]) -> None:
+    """Raise ValueError for a parameter that SGDSaI cannot train."""
+    for i, p in enumerate(group["params"]):
+        if not p.is_floating_point():
+            raise ValueError(
+                f"SGDSaI trains real floating-point parameters, {block_name(group, i)} is {p.dtype}; "
+                "train the real view (torch.view_as_real) of a complex parameter"
+            )
+        if getattr(p, "_fsdp_flattened", False):
+            raise ValueError(
+                f"{block_name(group, i)} is a flat parameter of FSDP1, whose g-SNR would be that of a mixture of "
+                "blocks; use FSDP2 (torch.distributed.fsdp.fully_shard, or fsdp_version: 2 in accelerate's config)"
+            )
+
+
+def block_name(group: Mapping[str, Any], index: int) -> str:
+    """The parameter's name where the optimizer was given names, else its place and shape."""
+    if "param_names" in group:
+        return str(group["param_names"][index])
+    return f"parameter {index} of its group, of shape {tuple(group['params'][index].shape)},"
+
+
+def check_state_dict(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> None:
+    """Raise ValueError for a state dict whose entries do not fit the parameters; torch checks the groups' sizes."""
+    saved_groups, saved_state = state_dict["param_groups"], state_dict["state"]
+    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in saved_groups]:
+        return
+    for group, saved_group in zip(groups, saved_groups, strict=True):
+        check_group({**group, **{k: v for k, v in saved_group.items() if k != "params"}})
+        for i, (p, key) in enumerate(zip(group["params"], saved_group["params"], strict=True)):
+            if key in saved_state:
+                momentum = saved_group.get("momentum", group["momentum"])
+                _check_entry(saved_state[key], p, block_name(group, i), bool(momentum))
+
+
+def _check_entry(entry: Mapping[str, Any], p: Tensor, name: str, has_momentum: bool) -> None:
+    for key in ("gsnr", "scale"):
+        value = entry.get(key)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise ValueError(f"the state of {name} has no number {key!r}: this is not a state dict of SGDSaI")
+        if not (math.isfinite(value.item()) and value.item() >= 0):
+            raise ValueError(f"{key} of {name} must be finite and >= 0, the state dict has {value.item()}")
+    buffer = entry.get("momentum_buffer")
+    if has_momentum and buffer is None:
+        raise ValueError(f"the state of {name} has no momentum_buffer although momentum is not 0")
+    if buffer is not None and buffer.shape != p.shape:
+        raise ValueError(
+            f"momentum_buffer of {name} must have the parameter's shape {tuple(p.shape)}, "
+            f"the state dict has {tuple(buffer.shape)}: it belongs to another model"
+        )

@@ -1,0 +1,196 @@
+"""From gradients to g-SNR to scales: the calibration of SGD-SaI, with every edge case it meets.
+
+The g-SNR of a block is ``||g||_2 / (std(g) + eps)`` (equation 11 of arXiv 2412.11768, with ``eps`` beside the
+standard deviation, where it does not change the answer for small gradients). The statistics of a block are those of
+its whole gradient, also where the gradient is a sharded ``DTensor``.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+# Elements handled at once: small enough to stay in a CPU cache, large enough to fill a GPU.
+_CPU_CHUNK = 1 << 17
+_GPU_CHUNK = 1 << 24
+# Below this share of its root mean square, a float32 standard deviation is rounding noise.
+_CONSTANT = 8 * torch.finfo(torch.float32).eps
+# Mean squares outside this range have lost digits (or all of them) in float32.
+_SAFE_MEAN_SQUARE = (1e-30, 1e30)
+
+
+class BlockStatistics(NamedTuple):
+    """What one gradient says about its block.
+
+    Attributes:
+        kind: ``"usable"``, ``"constant"`` (usable; its g-SNR is sqrt(d), because the standard deviation says nothing),
+            ``"zero"`` or ``"nonfinite"`` (neither of them calibrates a block).
+        numel: d, the number of elements of the whole block.
+        gsnr: the g-SNR, 0.0 where the gradient is not usable.
+        norm: the Euclidean norm of the gradient.
+        std: its unbiased standard deviation, 0.0 for one element.
+    """
+
+    kind: Literal["usable", "constant", "zero", "nonfinite"]
+    numel: int
+    gsnr: float
+    norm: float
+    std: float
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a ``DTensor``, asked without importing ``torch.distributed.tensor``."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def to_local(tensor: Tensor) -> Tensor:
+    """The part of ``tensor`` that this process holds (the tensor itself if it is not a ``DTensor``)."""
+    if not is_dtensor(tensor):
+        return tensor
+    local = tensor.to_local()  # type: ignore[attr-defined]
+    if hasattr(local, "wait"):  # still on its way from the last collective
+        local = local.wait()
+    assert isinstance(local, Tensor)
+    return local
+
+
+def measure(params: Sequence[Tensor], grads: Sequence[Tensor | None], eps: Sequence[float]) -> list[BlockStatistics]:
+    """The statistics of each gradient, two passes in float32, two host synchronisations for all of them together.
+
+    A gradient that is a sharded ``DTensor`` is reduced over every mesh dimension it is split on, one collective for
+    all blocks of a mesh and pass. Every process must therefore pass the same sharded ``params`` in the same order;
+    ``None`` as the gradient of one stands for "no gradient on this process".
+
+    Args:
+        params: the blocks, any shape, real floating point.
+        grads: their gradients, each with its block's shape and placements, or ``None``.
+        eps: what is added to each standard deviation, in units of the gradient.
+
+    Returns:
+        One :class:`BlockStatistics` a block, the same on every process.
+    """
+    numels = [p.numel() for p in params]
+    locals_ = [None if g is None else dense_view(to_local(g.detach())) for g in grads]
+
+    def sums(which: Sequence[int], moment: Callable[[int, Tensor], list[Tensor]]) -> list[float]:
+        parts = [[] if (g := locals_[i]) is None else moment(i, g) for i in which]
+        return _all_reduce([params[i] for i in which], [math.fsum(x) for x in _to_host(parts)])
+
+    everything = range(len(params))
+    totals = sums(everything, lambda i, g: [g.sum(dtype=_accumulator(g))])
+    means = [t / n if n else 0.0 for t, n in zip(totals, numels, strict=True)]
+    centred = sums(everything, lambda i, g: _centred_squares(g, means[i], _accumulator(g)))
+
+    low, high = _SAFE_MEAN_SQUARE
+    doubtful = [i for i in everything if numels[i] and not low < centred[i] / numels[i] + means[i] ** 2 < high]
+    # Exactly zero, overflown, underflown or not finite: the largest magnitude tells, then float64 measures.
+    if doubtful:
+        largest = sums(doubtful, lambda i, g: [_largest_magnitude(g)])
+        again = [i for i, x in zip(doubtful, largest, strict=True) if math.isfinite(x) and x > 0]
+        for i, x in zip(doubtful, largest, strict=True):
+            totals[i] = centred[i] = 0.0 if x == 0 else math.nan
+        for i, total in zip(again, sums(again, lambda i, g: [g.sum(dtype=torch.float64)]), strict=True):
+            totals[i], means[i] = total, total / numels[i]
+        for i, squares in zip(
+            again, sums(again, lambda i, g: _centred_squares(g, means[i], torch.float64)), strict=True
+        ):
+            centred[i] = squares
+    return [_statistics(n, t, c, e) for n, t, c, e in zip(numels, totals, centred, eps, strict=True)]
+
+
+def scales(blocks: Sequence[BlockStatistics], scaling: str, largest_gsnr: float = 0.0) -> list[float]:
+    """The constant that multiplies the learning rate of each block, for blocks calibrated in the same step.
+
+    Args:
+        blocks: usable blocks.
+        scaling: ``"raw"`` (the g-SNR itself), ``"max"`` (divided by the largest g-SNR, line 14 of Algorithm 1) or
+            ``"adamw"`` (times one constant, so that the first update of ``blocks`` has the root mean square that
+            AdamW's first update has, which is the learning rate).
+        largest_gsnr: for ``"max"``, the largest g-SNR of the blocks calibrated in earlier steps.
+    """
+    if scaling == "raw":
+        return [b.gsnr for b in blocks]
+    if scaling == "max":
+        largest = max([largest_gsnr, *(b.gsnr for b in blocks)])
+        return [min(1.0, b.gsnr / largest) for b in blocks]
+    update_norm = math.hypot(*(b.gsnr * b.norm for b in blocks))
+    factor = math.sqrt(sum(b.numel for b in blocks)) / update_norm
+    return [b.gsnr * factor for b in blocks]
+
+
+def dense_view(tensor: Tensor) -> Tensor:
+    """``tensor`` as one dimension, its elements in the order of memory; a copy only where it has holes."""
+    if not tensor.is_contiguous():
+        tensor = tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
+    return tensor.reshape(-1)
+
+
+def chunks(tensor: Tensor) -> Iterator[Tensor]:
+    """Pieces of a one-dimensional tensor of the size that suits its device."""
+    return iter(torch.split(tensor, _CPU_CHUNK if tensor.device.type == "cpu" else _GPU_CHUNK))
+
+
+def _accumulator(grad: Tensor) -> torch.dtype:
+    return torch.float64 if grad.dtype == torch.float64 else torch.float32
+
+
+def _centred_squares(grad: Tensor, mean: float, dtype: torch.dtype) -> list[Tensor]:
+    """The sums of ``(g - mean)^2`` over the chunks of ``grad``, with scratch space of one chunk."""
+    sums = []
+    for chunk in chunks(grad):
+        deviation = torch.sub(chunk, mean) if chunk.dtype == dtype else chunk.to(dtype).sub_(mean)
+        sums.append(deviation.square_().sum())
+    return sums
+
+
+def _largest_magnitude(grad: Tensor) -> Tensor:
+    if not grad.numel():
+        return torch.zeros((), device=grad.device)
+    return torch.linalg.vector_norm(grad, ord=math.inf)
+
+
+def _to_host(parts: Sequence[Sequence[Tensor]]) -> list[list[float]]:
+    """The values of many scalar tensors, with one synchronisation a device."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for part in parts:
+        for x in part:
+            by_device.setdefault(x.device, []).append(x)
+    values = {d: iter(torch.stack([x.double() for x in xs]).tolist()) for d, xs in by_device.items()}
+    return [[next(values[x.device]) for x in part] for part in parts]
+
+
+def _all_reduce(params: Sequence[Tensor], values: list[float]) -> list[float]:
+    """``values`` summed over the processes that hold different shards of the same block."""
+    by_mesh: dict[Any, list[int]] = {}
+    for i, p in enumerate(params):
+        if is_dtensor(p):
+            # Not `is_shard()`: the strided shards of FSDP2 with tensor parallelism answer False to it.
+            dims = tuple(d for d, x in enumerate(p.placements) if not x.is_replicate())  # type: ignore[attr-defined]
+            if dims:
+                by_mesh.setdefault((p.device_mesh, dims), []).append(i)  # type: ignore[attr-defined]
+    for (mesh, dims), members in by_mesh.items():
+        vector = torch.tensor([values[i] for i in members], dtype=torch.float64, device=mesh.device_type)
+        for dim in dims:
+            torch.distributed.all_reduce(vector, group=mesh.get_group(dim))
+        for i, value in zip(members, vector.tolist(), strict=True):
+            values[i] = value
+    return values
+
+
+def _statistics(numel: int, total: float, centred: float, eps: float) -> BlockStatistics:
+    if not numel:
+        return BlockStatistics("zero", 0, 0.0, 0.0, 0.0)
+    if not (math.isfinite(total) and math.isfinite(centred)):
+        return BlockStatistics("nonfinite", numel, 0.0, math.nan, math.nan)
+    # Both terms are positive: no digits cancel, unlike in E[g^2] - E[g]^2.
+    norm = math.sqrt(centred + total * total / numel)
+    if norm == 0.0:
+        return BlockStatistics("zero", numel, 0.0, 0.0, 0.0)
+    std = math.sqrt(centred / (numel - 1)) if numel > 1 else 0.0
+    if numel > 1 and std > _CONSTANT * norm / math.sqrt(numel):
+        return BlockStatistics("usable", numel, norm / (std + eps), norm, std)
+    return BlockStatistics("usable" if numel == 1 else "constant", numel, math.sqrt(numel), norm, std)
