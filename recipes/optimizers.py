@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.training_args import OptimizerNames
 
+from hf_sai.trainer import parse_optim_args, sgd_sai_from_args
 from recipes.common import UserError, did_you_mean
 
 # The names a recipe's `optim` takes besides transformers' own.
@@ -35,6 +36,13 @@ def check_optimizer_name(name: str) -> str | OptimizerNames:
     return OptimizerNames(name)
 
 
+def _or_user_error(function: Callable[[Any], Any], value: Any) -> Any:
+    try:
+        return function(value)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
 @dataclass
 class RecipeArguments(TrainingArguments):
     """`TrainingArguments` whose `optim` also takes the optimizers of `OWN_OPTIMIZERS`."""
@@ -49,6 +57,8 @@ class RecipeArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         optim = check_optimizer_name(self.optim)
+        if optim == "sgd_sai":
+            _or_user_error(parse_optim_args, self.optim_args)
         # The parent accepts its own names only; the recipes hand the optimizer to the Trainer themselves.
         self.optim = optim if isinstance(optim, OptimizerNames) else OptimizerNames.ADAMW_TORCH
         super().__post_init__()
@@ -76,6 +86,8 @@ class OptimizerArguments:
 
     def __post_init__(self) -> None:
         self.optim = check_optimizer_name(self.optim)
+        if self.optim == "sgd_sai":
+            _or_user_error(parse_optim_args, self.optim_args)
 
 
 def _own_optim_args(cls: Callable[..., Any], text: str | None, extra: Iterable[str] = ()) -> dict[str, Any]:
@@ -97,9 +109,7 @@ def _class_and_kwargs(args: Any) -> tuple[type[Optimizer], dict[str, Any]] | Non
     """Optimizers that are a class with keyword arguments; None for those that need the model."""
     adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     if args.optim == "sgd_sai":
-        from hf_sai import sgd_sai_from_args
-
-        return sgd_sai_from_args(args)
+        return _or_user_error(sgd_sai_from_args, args)
     if args.optim == "sgdm":
         return torch.optim.SGD, {
             "lr": args.learning_rate,

