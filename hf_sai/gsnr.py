@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # Elements handled at once: small enough to stay in a CPU cache, large enough to fill a GPU.
-_CPU_CHUNK = 1 << 17
+_CPU_CHUNK = 1 << 18
 _GPU_CHUNK = 1 << 24
 # Below this share of its root mean square, a float32 standard deviation is rounding noise.
 _CONSTANT = 8 * torch.finfo(torch.float32).eps
@@ -131,7 +131,11 @@ def dense_view(tensor: Tensor) -> Tensor:
 
 def chunks(tensor: Tensor) -> Iterator[Tensor]:
     """Pieces of a one-dimensional tensor of the size that suits its device."""
-    return iter(torch.split(tensor, _CPU_CHUNK if tensor.device.type == "cpu" else _GPU_CHUNK))
+    return iter(torch.split(tensor, _chunk_size(tensor.device)))
+
+
+def _chunk_size(device: torch.device) -> int:
+    return _CPU_CHUNK if device.type == "cpu" else _GPU_CHUNK
 
 
 def _accumulator(grad: Tensor) -> torch.dtype:
@@ -141,8 +145,9 @@ def _accumulator(grad: Tensor) -> torch.dtype:
 def _centred_squares(grad: Tensor, mean: float, dtype: torch.dtype) -> list[Tensor]:
     """The sums of ``(g - mean)^2`` over the chunks of ``grad``, with scratch space of one chunk."""
     sums = []
+    scratch = torch.empty(min(grad.numel(), _chunk_size(grad.device)), dtype=dtype, device=grad.device)
     for chunk in chunks(grad):
-        deviation = torch.sub(chunk, mean) if chunk.dtype == dtype else chunk.to(dtype).sub_(mean)
+        deviation = scratch[: chunk.numel()].copy_(chunk).sub_(mean)
         sums.append(deviation.square_().sum())
     return sums
 
