@@ -1,0 +1,81 @@
+"""What SGDSaI measured of each block, as rows to print, log or plot."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hf_sai.optimizer import SGDSaI
+
+
+class GSNRRow(NamedTuple):
+    """One block of a model.
+
+    Attributes:
+        name: the parameter's name in the model.
+        shape: its shape; the global one where the parameter is a sharded ``DTensor``.
+        numel: d, its element count.
+        gsnr: its g-SNR, 0.0 until it is calibrated.
+        scale: what multiplies the learning rate, 0.0 until it is calibrated.
+        calibrated: whether it has had a usable gradient.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    numel: int
+    gsnr: float
+    scale: float
+    calibrated: bool
+
+
+def gsnr_table(optimizer: Any, model: nn.Module) -> list[GSNRRow]:
+    """The g-SNR and scale of every block that the optimizer trains, in the model's order.
+
+    Costs one host synchronisation, and no communication between processes: every process knows every scale.
+
+    Args:
+        optimizer: an :class:`SGDSaI`, or a wrapper that holds it as ``.optimizer`` (accelerate's).
+        model: the model whose parameters the optimizer holds, wrapped for data parallelism or compiled or neither.
+
+    Returns:
+        One row a trained parameter. Tied parameters are one block; a parameter that the optimizer holds and the
+        model does not comes last, named by its place in the param groups.
+
+    Raises:
+        TypeError: if the optimizer is not an SGDSaI.
+    """
+    sgd_sai = unwrap_sgd_sai(optimizer)
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model.module
+    trained = {
+        p: f"param_groups[{i}].params[{j}]"
+        for i, group in enumerate(sgd_sai.param_groups)
+        for j, p in enumerate(group["params"])
+    }
+    named = {p: name.replace("_orig_mod.", "") for name, p in model.named_parameters() if p in trained}
+    blocks = {**named, **{p: name for p, name in trained.items() if p not in named}}
+    measured = _to_host([sgd_sai.state.get(p, {}) for p in blocks])
+    return [
+        GSNRRow(name, tuple(p.shape), p.numel(), gsnr, scale, gsnr > 0.0)
+        for (p, name), (gsnr, scale) in zip(blocks.items(), measured, strict=True)
+    ]
+
+
+def unwrap_sgd_sai(optimizer: Any) -> SGDSaI:
+    """The SGDSaI that ``optimizer`` is or wraps; TypeError if there is none."""
+    inner = optimizer
+    while inner is not None and not isinstance(inner, SGDSaI):
+        inner = getattr(inner, "optimizer", None)
+    if inner is None:
+        raise TypeError(f"optimizer must be an SGDSaI, got {type(optimizer).__name__}; only SGDSaI measures g-SNR")
+    return inner
+
+
+def _to_host(states: list[dict[str, Tensor]]) -> list[tuple[float, float]]:
+    """(gsnr, scale) of each state, zeros for a block that has none yet, with one synchronisation for all."""
+    pairs = [(s["gsnr"], s["scale"]) for s in states if s]
+    if not pairs:
+        return [(0.0, 0.0)] * len(states)
+    device = pairs[0][0].device
+    values = iter(torch.stack([x.to(device) for pair in pairs for x in pair]).tolist())
+    return [(next(values), next(values)) if s else (0.0, 0.0) for s in states]

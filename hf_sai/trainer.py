@@ -1,0 +1,258 @@
+"""SGD-SaI in transformers: by name after `register()`, by `SaITrainer`, or by hand with `create_sgd_sai`."""
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.training_args import OptimizerNames
+
+from hf_sai.checks import MOMENTUM_DTYPES, SCALINGS, check_group
+from hf_sai.optimizer import SGDSaI
+
+OPTIM_NAME = "sgd_sai"
+
+
+def register() -> None:
+    """Make ``optim="sgd_sai"`` valid in every Trainer and TrainingArguments of this process.
+
+    Adds a name to transformers' ``OptimizerNames`` and teaches ``Trainer.get_optimizer_cls_and_kwargs`` what it means,
+    so that stock and third-party trainers, ``HfArgumentParser`` (command line, YAML, JSON) and ``set_optimizer`` take
+    it like any other. A second call does nothing. A ``training_args.bin`` written afterwards holds the name as a plain
+    string and loads in a process that has not called this.
+    """
+    if OPTIM_NAME in OptimizerNames._value2member_map_:
+        return
+    stock: Callable[..., tuple[Any, Any]] = Trainer.get_optimizer_cls_and_kwargs
+
+    @functools.wraps(stock)
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
+        return sgd_sai_from_args(args) if args.optim == OPTIM_NAME else stock(args, model)
+
+    Trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)  # type: ignore[method-assign]
+    _add_optimizer_name()
+
+
+def _add_optimizer_name() -> None:
+    """Append ``SGD_SAI`` to ``OptimizerNames``, as Python's enum machinery would do for a line of the class body."""
+    member: Any = str.__new__(OptimizerNames, OPTIM_NAME)
+    member._name_ = "SGD_SAI"
+    member._value_ = OPTIM_NAME
+    member.__objclass__ = OptimizerNames
+    # A process that has not called register() has no such member: pickle the plain string, which compares equal.
+    member.__reduce_ex__ = lambda protocol: (str, (OPTIM_NAME,))
+    type.__setattr__(OptimizerNames, "SGD_SAI", member)
+    OptimizerNames._member_names_.append("SGD_SAI")
+    OptimizerNames._member_map_["SGD_SAI"] = member
+    OptimizerNames._value2member_map_[OPTIM_NAME] = member
+    # Python 3.13 looks here to answer `value in OptimizerNames`.
+    getattr(OptimizerNames, "_hashable_values_", []).append(OPTIM_NAME)
+
+
+@dataclass
+class SaITrainingArguments(TrainingArguments):
+    """``TrainingArguments`` that know ``optim="sgd_sai"``, which is the default, without patching transformers.
+
+    ``learning_rate`` and ``weight_decay`` are in AdamW's units unless ``optim_args`` says ``scaling=raw`` or
+    ``scaling=max``. Any stock optimizer can be named as well. For the keys of ``optim_args`` see
+    :func:`sgd_sai_from_args`; they are checked here already.
+    """
+
+    optim: str = field(
+        default=OPTIM_NAME, metadata={"help": "The optimizer: sgd_sai, or any that transformers.OptimizerNames lists."}
+    )
+
+    def __post_init__(self) -> None:
+        chosen = self.optim
+        if chosen == OPTIM_NAME:
+            parse_optim_args(self.optim_args)
+            # transformers accepts only names of its enum here.
+            self.optim = OptimizerNames.SGD.value
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        if chosen == OPTIM_NAME:
+            self.optim = OPTIM_NAME
+
+    def set_optimizer(self, name: str = OPTIM_NAME, *rest: Any, **kwargs: Any) -> "SaITrainingArguments":
+        """As ``TrainingArguments.set_optimizer``, with ``"sgd_sai"`` as the default name."""
+        super().set_optimizer(OptimizerNames.SGD.value if name == OPTIM_NAME else name, *rest, **kwargs)
+        if name == OPTIM_NAME:
+            parse_optim_args(self.optim_args)
+            self.optim = OPTIM_NAME
+        return self
+
+
+class SaITrainer(Trainer):
+    """A ``Trainer`` that trains with SGD-SaI when its :class:`SaITrainingArguments` say so, as they do by default."""
+
+    def __init__(
+        self, model: nn.Module | None = None, args: TrainingArguments | None = None, *rest: Any, **kwargs: Any
+    ) -> None:
+        super().__init__(model, SaITrainingArguments("tmp_trainer") if args is None else args, *rest, **kwargs)
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
+        """The optimizer's class and arguments that ``args`` ask for."""
+        if args.optim == OPTIM_NAME:
+            return sgd_sai_from_args(args)
+        if not isinstance(args, SaITrainingArguments):
+            # Stock arguments cannot say "sgd_sai" and have a default: nobody knows what this user has chosen.
+            raise ValueError(
+                f"SaITrainer got {type(args).__name__} with optim={str(args.optim)!r}, which is not SGD-SaI; "
+                "use SaITrainingArguments, or call hf_sai.register() and pass optim='sgd_sai'"
+            )
+        return Trainer.get_optimizer_cls_and_kwargs(args, model)
+
+
+def sgd_sai_from_args(args: TrainingArguments) -> tuple[type[SGDSaI], dict[str, Any]]:
+    """The optimizer that training arguments describe, for ``Trainer(optimizer_cls_and_kwargs=...)``.
+
+    Args:
+        args: ``learning_rate``, ``weight_decay`` and ``optim_args`` are read, nothing else: the Adam betas do not
+            apply. ``optim_args`` is a string such as ``"momentum=0.9,eps=1e-8,scaling=adamw,momentum_dtype=bfloat16"``
+            whose keys are the other hyper-parameters of :class:`SGDSaI`. ``scaling`` is ``"adamw"`` by default,
+            because ``learning_rate`` and ``weight_decay`` are in AdamW's units here.
+
+    Returns:
+        :class:`SGDSaI` and its keyword arguments.
+
+    Raises:
+        ValueError: for an unknown key or a bad value in ``optim_args``, naming it and listing what is valid.
+    """
+    kwargs = {
+        "lr": args.learning_rate,
+        "weight_decay": args.weight_decay,
+        "scaling": "adamw",
+        **parse_optim_args(args.optim_args),
+    }
+    check_group({**_DEFAULTS, **kwargs})
+    _warn_if_nothing_will_train(args, kwargs["scaling"])
+    return SGDSaI, kwargs
+
+
+def create_sgd_sai(model: nn.Module, args: TrainingArguments, num_training_steps: int) -> tuple[SGDSaI, LRScheduler]:
+    """The optimizer and the scheduler that a Trainer would make, for ``Trainer(optimizers=...)`` and bare loops.
+
+    Args:
+        model: its parameters with ``requires_grad`` are trained; biases and normalisation weights are not decayed.
+        args: read as by :func:`sgd_sai_from_args`, and for the scheduler ``lr_scheduler_type``, its kwargs, warm-up.
+        num_training_steps: how often the scheduler will be stepped in all, at least 1.
+
+    Returns:
+        The optimizer and the scheduler.
+    """
+    if num_training_steps < 1:
+        raise ValueError(f"num_training_steps must be at least 1, got {num_training_steps}")
+    cls, kwargs = sgd_sai_from_args(args)
+    # An instance method that reads nothing of its instance.
+    decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        # `param_names` spelled out: torch wants names in all groups or in none, also in an empty one (LoRA's second).
+        {"params": [p for _, p in members], "param_names": [n for n, _ in members], "weight_decay": weight_decay}
+        for members, weight_decay in (
+            ([(n, p) for n, p in trained if n in decayed], args.weight_decay),
+            ([(n, p) for n, p in trained if n not in decayed], 0.0),
+        )
+    ]
+    optimizer = cls(groups, **kwargs)
+    scheduler = get_scheduler(
+        args.lr_scheduler_type,
+        optimizer=optimizer,
+        num_warmup_steps=args.get_warmup_steps(num_training_steps),
+        num_training_steps=num_training_steps,
+        scheduler_specific_kwargs=args.lr_scheduler_kwargs,  # type: ignore[arg-type]
+    )
+    return optimizer, scheduler
+
+
+def parse_optim_args(optim_args: str | None) -> dict[str, Any]:
+    """The keyword arguments of :class:`SGDSaI` in an ``optim_args`` string, each cast to its type.
+
+    Args:
+        optim_args: ``key=value`` pairs separated by commas, or nothing; spaces do not matter.
+
+    Raises:
+        ValueError: for what is not a pair, an unknown or repeated key, or a value that its key cannot take.
+    """
+    if not optim_args:
+        return {}
+    if not isinstance(optim_args, str):
+        raise ValueError(f"optim_args must be a string of key=value pairs, got {optim_args!r}")
+    parsed: dict[str, Any] = {}
+    for pair in optim_args.split(","):
+        key, equals, value = (part.strip() for part in pair.partition("="))
+        if not (key and equals and value):
+            raise ValueError(f"optim_args must be key=value pairs separated by commas, got {pair!r} in {optim_args!r}")
+        if key in _ELSEWHERE:
+            raise ValueError(f"optim_args cannot set {key}: set {_ELSEWHERE[key]} of the training arguments instead")
+        if key not in _CASTS:
+            raise ValueError(
+                f"optim_args has no key {key!r}{_did_you_mean(key, _CASTS)}; valid are {', '.join(_CASTS)}"
+            )
+        if key in parsed:
+            raise ValueError(f"optim_args sets {key} twice in {optim_args!r}; leave one of them out")
+        parsed[key] = _CASTS[key](key, value)
+    check_group({**_DEFAULTS, **parsed})
+    return parsed
+
+
+def _number(key: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError(f"optim_args: {key} must be a number, got {value!r}") from None
+
+
+def _one_of(choices: dict[str, Any]) -> Callable[[str, str], Any]:
+    def cast(key: str, value: str) -> Any:
+        if value.lower() in choices:
+            return choices[value.lower()]
+        valid = ", ".join(choices)
+        raise ValueError(f"optim_args: {key} must be one of {valid}, got {value!r}{_did_you_mean(value, choices)}")
+
+    return cast
+
+
+def _did_you_mean(word: str, choices: dict[str, Any]) -> str:
+    close = get_close_matches(word.lower(), choices, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+_BOOL = {"true": True, "false": False}
+_CASTS: dict[str, Callable[[str, str], Any]] = {
+    "momentum": _number,
+    "eps": _number,
+    "scaling": _one_of({name: name for name in SCALINGS}),
+    "maximize": _one_of(_BOOL),
+    "foreach": _one_of({**_BOOL, "none": None}),
+    "fused": _one_of({**_BOOL, "none": None}),
+    "momentum_dtype": _one_of({**MOMENTUM_DTYPES, "none": None}),
+    "stochastic_rounding": _one_of(_BOOL),
+}
+# Param groups take these two from the training arguments: a second value here would be lost without a word.
+_ELSEWHERE = {"lr": "learning_rate", "learning_rate": "learning_rate", "weight_decay": "weight_decay"}
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(SGDSaI).parameters.items()
+    if parameter.default is not parameter.empty
+}
+
+
+def _warn_if_nothing_will_train(args: TrainingArguments, scaling: str) -> None:
+    """Warn of a learning rate left at its default, which is in AdamW's units, where the units are the paper's."""
+    defaults = {5e-5, type(args).__dataclass_fields__["learning_rate"].default}
+    if scaling == "adamw" or args.learning_rate not in defaults:
+        return
+    remedy = {"raw": "1e-2 for full fine-tuning, 1e-3 to 3e-2 for LoRA", "max": "1.0"}[scaling]
+    warnings.warn(
+        f"learning_rate is still at its default of {args.learning_rate:g}, which is in AdamW's units; "
+        f"scaling={scaling} has the paper's, in which nothing will train at that rate. "
+        f"Set learning_rate (start from {remedy}), or leave scaling out of optim_args to keep AdamW's units.",
+        stacklevel=3,
+    )
