@@ -103,8 +103,8 @@ class SaITrainer(Trainer):
         if not isinstance(args, SaITrainingArguments):
             # Stock arguments cannot say "sgd_sai" and have a default: nobody knows what this user has chosen.
             raise ValueError(
-                f"SaITrainer got {type(args).__name__} with optim={str(args.optim)!r}, which is not SGD-SaI; "
-                "use SaITrainingArguments, or call hf_sai.register() and pass optim='sgd_sai'"
+                f"SaITrainer got {type(args).__name__} with optim={OptimizerNames(args.optim).value!r}, "
+                "which is not SGD-SaI; use SaITrainingArguments, or call hf_sai.register() and pass optim='sgd_sai'"
             )
         return Trainer.get_optimizer_cls_and_kwargs(args, model)
 
@@ -193,7 +193,7 @@ def parse_optim_args(optim_args: str | None) -> dict[str, Any]:
             raise ValueError(f"optim_args cannot set {key}: set {_ELSEWHERE[key]} of the training arguments instead")
         if key not in _CASTS:
             raise ValueError(
-                f"optim_args has no key {key!r}{_did_you_mean(key, _CASTS)}; valid are {', '.join(_CASTS)}"
+                f"optim_args has no key {key!r}{_did_you_mean(key, _CASTS)}; valid keys: {', '.join(_CASTS)}"
             )
         if key in parsed:
             raise ValueError(f"optim_args sets {key} twice in {optim_args!r}; leave one of them out")

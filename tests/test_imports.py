@@ -1,0 +1,92 @@
+"""The architecture as a test: what importing costs, and who may import whom."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "hf_sai"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+# The rooms that are about one library; everything else imports it, if at all, where it is used.
+ROOMS = {
+    "transformers": {"hf_sai.trainer", "hf_sai.callbacks"},
+    "triton": set(),
+    "matplotlib": set(),
+    "accelerate": set(),
+    "peft": set(),
+    "trl": set(),
+}
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path: Path) -> set[str]:
+    """The modules that a file imports when it is imported: not those in functions or under TYPE_CHECKING."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+                continue
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                continue
+            if isinstance(child, ast.Import):
+                found.update(alias.name for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                found.add(child.module or "")
+                found.update(f"{child.module}.{alias.name}" for alias in child.names)
+            visit(child)
+
+    visit(ast.parse(path.read_text()))
+    return found
+
+
+def loaded_by(statement: str) -> set[str]:
+    code = f"{statement}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
+    return set(json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout))
+
+
+def test_importing_the_package_loads_torch_and_nothing_heavier() -> None:
+    ours = loaded_by("from hf_sai import SGDSaI")
+    extra = {name.partition(".")[0] for name in ours - loaded_by("import torch")}
+    assert "torch" in ours
+    assert {name for name in extra - sys.stdlib_module_names if not name.startswith("_")} == {"hf_sai"}
+    # Seconds of import time that only a compiled step needs.
+    assert "torch._dynamo" not in ours
+
+
+def test_the_table_needs_no_transformers() -> None:
+    assert "transformers" not in loaded_by("import hf_sai.table")
+
+
+def test_the_public_names_resolve() -> None:
+    import hf_sai
+
+    assert set(hf_sai.__all__) <= set(dir(hf_sai))
+    for name in hf_sai.__all__:
+        assert getattr(hf_sai, name).__name__ == name
+    with pytest.raises(AttributeError, match="'hf_sai' has no attribute 'SGDSAI'"):
+        _ = hf_sai.SGDSAI
+
+
+@pytest.mark.parametrize("library", ROOMS)
+def test_optional_libraries_are_imported_where_they_belong(library: str) -> None:
+    importers = {
+        module_name(path) for path in SOURCES if any(name.partition(".")[0] == library for name in imports(path))
+    }
+    assert importers <= ROOMS[library]
+
+
+def test_imports_run_one_way() -> None:
+    names = {module_name(path) for path in SOURCES}
+    below = {module_name(path): imports(path) & names - {module_name(path)} for path in SOURCES}
+    placed: set[str] = set()
+    while remaining := names - placed:
+        ground = {name for name in remaining if below[name] <= placed}
+        assert ground, f"these import each other in a circle: {sorted(remaining)}"
+        placed |= ground
