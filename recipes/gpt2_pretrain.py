@@ -1,0 +1,423 @@
+"""Pretrain a GPT-2 from scratch on any text: `python recipes/gpt2_pretrain.py CONFIG.yaml [--option value ...]`.
+
+Runs alone or under `accelerate launch --config_file accelerate_configs/NAME.yaml`. Text, split, tokens and blocks are
+those of `pretrain_data.py`; training, resume and trackers are the Trainer's. In `output_dir` it leaves the model and
+its tokenizer, `record.json` (curves, speed, memory, versions) and `curves.png`. `recipes/compare.py` puts several
+records side by side.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch.utils.data import Subset
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    default_data_collator,
+    set_seed,
+)
+from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
+
+from recipes.common import StepTimer, UserError, optimizer_state_bytes, parse_config, run_main, run_record, write_json
+from recipes.optimizers import RecipeArguments, trainer_optimizer
+from recipes.pretrain_data import (
+    Corpus,
+    PackedBlocks,
+    StreamedBlocks,
+    cache_key,
+    split_stream,
+    tokenize_corpus,
+    train_tokenizer,
+)
+from recipes.pretrain_report import draw_curves, matmul_peak, model_flops_per_token, peak_memory_bytes
+
+logger = logging.getLogger(__name__)
+
+# layers, heads, width; "5m" with a vocabulary of 8,192 and 512 positions has 5.4 M parameters
+SIZES = {
+    "tiny": (2, 4, 128),
+    "5m": (4, 4, 256),
+    "small": (12, 12, 768),
+    "medium": (24, 16, 1024),
+    "large": (36, 20, 1280),
+    "xl": (48, 25, 1600),
+}
+
+
+@dataclass
+class ModelArguments:
+    """The model, its tokenizer, and how the text is packed for it."""
+
+    model_size: str = field(default="small", metadata={"help": f"One of {', '.join(SIZES)}."})
+    n_layer: int | None = field(default=None, metadata={"help": "Instead of the size's."})
+    n_head: int | None = field(default=None, metadata={"help": "Instead of the size's."})
+    n_embd: int | None = field(default=None, metadata={"help": "Instead of the size's."})
+    n_positions: int = 1024
+    model_vocab_size: int | None = field(
+        default=None, metadata={"help": "The tokenizer's by default; a multiple of 64 above it is faster on GPUs."}
+    )
+    dropout: float = 0.0
+    attn_implementation: str = "sdpa"
+    tokenizer: str = field(
+        default="gpt2",
+        metadata={"help": "A folder, a name on the hub, or `train`: byte-level BPE of the training text."},
+    )
+    vocab_size: int = field(default=8192, metadata={"help": "Of `--tokenizer train`."})
+    tokenizer_train_bytes: int = field(
+        default=100_000_000, metadata={"help": "`--tokenizer train` reads no more text than this."}
+    )
+    block_size: int = 1024
+    cache_dir: str = field(default="outputs/token_cache", metadata={"help": "Tokens are kept here for the next run."})
+    tokenizer_processes: int = 1
+    streaming: bool = field(default=False, metadata={"help": "Read the hub's data set while training; no cache."})
+    stream_validation_documents: int = field(
+        default=1000, metadata={"help": "With streaming, the first documents are the validation split."}
+    )
+    max_eval_blocks: int | None = field(default=None, metadata={"help": "Validate on the first blocks only."})
+
+    def __post_init__(self) -> None:
+        if self.model_size not in SIZES:
+            raise UserError(f"model_size must be one of {', '.join(SIZES)}, got {self.model_size!r}")
+        if not 2 <= self.block_size <= self.n_positions:
+            raise UserError(
+                f"block_size must be from 2 to n_positions ({self.n_positions}), got {self.block_size}: "
+                "raise n_positions or lower block_size"
+            )
+
+
+@dataclass
+class PretrainArguments(RecipeArguments):
+    """The Trainer's arguments, with the length of the run and the warm-up also in tokens and as a fraction."""
+
+    output_dir: str = field(default="outputs/gpt2_pretrain", metadata={"help": "Model, checkpoints, record, curves."})
+    max_tokens: int | None = field(default=None, metadata={"help": "Sets max_steps; a last step is not cut."})
+    warmup_fraction: float = field(default=0.01, metadata={"help": "Of all steps, where warmup_steps is 0."})
+    logging_nan_inf_filter: bool = False
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "`auto` (the last of output_dir, if any) or a checkpoint's folder."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.warmup_fraction < 1:
+            raise UserError(f"warmup_fraction must be in [0, 1), got {self.warmup_fraction}")
+
+
+def read_config(
+    config: str | Path | Mapping[str, Any] | Sequence[str],
+) -> tuple[Corpus, ModelArguments, PretrainArguments]:
+    """The three groups of options from a YAML file, a mapping, or command-line words (`run.yaml --seed 1`)."""
+    if isinstance(config, Mapping):
+        words: list[str] = []
+        for key, value in config.items():
+            if isinstance(value, list | tuple):
+                words += [f"--{key}", *map(str, value)]
+            elif value is not None:
+                words.append(f"--{key}={json.dumps(value) if isinstance(value, Mapping) else value}")
+    else:
+        words = [str(config)] if isinstance(config, str | Path) else list(config)
+        if words and not words[0].startswith("-"):
+            words = ["--config", *words]
+    corpus, model, training = parse_config((Corpus, ModelArguments, PretrainArguments), words, __doc__)
+    return corpus, model, training
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(corpus: Corpus, options: ModelArguments) -> PreTrainedTokenizerBase:
+    """The tokenizer named by `options.tokenizer`, or one trained on the corpus and kept in the cache."""
+    folder = Path(options.tokenizer)
+    if options.tokenizer == "train":
+        key = cache_key(corpus, options.vocab_size, options.tokenizer_train_bytes)
+        folder = Path(options.cache_dir) / f"tokenizer-{key}"
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "lock"):
+            if not (folder / "tokenizer_config.json").exists():
+                logger.warning("training a byte-level BPE tokenizer of %d tokens", options.vocab_size)
+                train_tokenizer(corpus, options.vocab_size, options.tokenizer_train_bytes).model.save(str(folder))
+                special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+                write_json(
+                    folder / "tokenizer_config.json",
+                    {
+                        **special,
+                        "add_prefix_space": False,
+                        "model_max_length": options.n_positions,
+                        "tokenizer_class": "GPT2Tokenizer",
+                    },
+                )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"tokenizer: {options.tokenizer!r} is neither a tokenizer's folder nor within reach on the hub; "
+            "give a folder, or `train` to make one from the text"
+        ) from error
+    if not tokenizer.is_fast:
+        raise UserError(f"tokenizer: {options.tokenizer!r} has no fast version (tokenizer.json), which this needs")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"tokenizer: {options.tokenizer!r} has no end-of-text token to put between documents")
+    return tokenizer
+
+
+def load_blocks(corpus: Corpus, options: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Any]:
+    """Training and validation blocks (None without a validation split)."""
+    backend, end_of_text = tokenizer.backend_tokenizer, tokenizer.eos_token_id
+    if options.streaming:
+        train_documents, validation_tokens = split_stream(
+            corpus, backend, end_of_text, options.stream_validation_documents
+        )
+        train: Any = StreamedBlocks(train_documents, backend, end_of_text, options.block_size)
+    else:
+        files = tokenize_corpus(corpus, backend, end_of_text, options.cache_dir, options.tokenizer_processes)
+        train = PackedBlocks(files["train"].load(), options.block_size)
+        validation_tokens = files["validation"].load() if files["validation"].tokens else None
+    if validation_tokens is None:
+        return train, None
+    validation: Any = PackedBlocks(validation_tokens, options.block_size)
+    if options.max_eval_blocks is not None and options.max_eval_blocks < len(validation):
+        validation = Subset(validation, range(options.max_eval_blocks))
+    return train, validation
+
+
+# --- model -----------------------------------------------------------------------------------------------------------
+
+
+def build_model(options: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> GPT2LMHeadModel:
+    """A GPT-2 with fresh weights."""
+    layers, heads, width = SIZES[options.model_size]
+    vocab_size = options.model_vocab_size or len(tokenizer)
+    if len(tokenizer) > vocab_size:
+        raise UserError(
+            f"model_vocab_size must be at least the tokenizer's {len(tokenizer)} tokens, got {vocab_size}: "
+            "leave it out, or take another tokenizer"
+        )
+    config = GPT2Config(
+        vocab_size=vocab_size,
+        n_positions=options.n_positions,
+        n_layer=options.n_layer or layers,
+        n_head=options.n_head or heads,
+        n_embd=options.n_embd or width,
+        resid_pdrop=options.dropout,
+        embd_pdrop=options.dropout,
+        attn_pdrop=options.dropout,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        attn_implementation=options.attn_implementation,
+    )
+    return GPT2LMHeadModel(config)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+class Clock(TrainerCallback):
+    """Seconds of training: evaluation left out, the runs before a resume counted."""
+
+    def __init__(self) -> None:
+        self.total = 0.0
+        self.since: float | None = None  # None while it stands still
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.total = max((row.get("train_seconds", 0.0) for row in state.log_history), default=0.0)
+        self.since = time.perf_counter()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.total, self.since = self.seconds(), None
+
+    def seconds(self) -> float:
+        return self.total + (time.perf_counter() - self.since if self.since is not None else 0.0)
+
+
+class PretrainTrainer(Trainer):
+    """Trainer whose log lines also hold tokens, seconds of training and perplexity, and that stops at a loss of NaN."""
+
+    def __init__(self, *args: Any, block_size: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.tokens_per_step = tokens_per_step(self.args, block_size)
+        self.clock = Clock()
+        self.timer = StepTimer()
+        self.add_callback(self.clock)
+        self.add_callback(self.timer)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        running = self.clock.since is not None
+        self.clock.on_train_end(self.args, self.state, self.control)
+        metrics = super().evaluate(*args, **kwargs)
+        self.clock.since = time.perf_counter() if running else None
+        return metrics
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        logs["tokens"] = self.state.global_step * self.tokens_per_step
+        logs["train_seconds"] = round(self.clock.seconds(), 3)
+        losses = {key: logs[key] for key in ("loss", "eval_loss") if key in logs}
+        for key, loss in losses.items():
+            logs[key.replace("loss", "perplexity")] = math.exp(min(loss, 700.0))
+        super().log(logs, *args, **kwargs)
+        if not all(math.isfinite(loss) for loss in losses.values()):
+            logger.error("the loss is %s at step %d: stopping", losses, self.state.global_step)
+            self.control.should_training_stop = True
+
+
+def tokens_per_step(args: PretrainArguments, block_size: int) -> int:
+    """Tokens of one update over all processes."""
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size * block_size
+
+
+def set_length(args: PretrainArguments, options: ModelArguments, train_blocks: int | None) -> None:
+    """`max_tokens` and `warmup_fraction` into steps; both depend on the number of processes, known only here."""
+    per_step = tokens_per_step(args, options.block_size)
+    if args.max_tokens is not None:
+        args.max_steps = math.ceil(args.max_tokens / per_step)
+    if args.max_steps <= 0 and train_blocks is None:
+        raise UserError("streaming needs the length of the run: give max_tokens or max_steps")
+    if not args.warmup_steps:
+        steps = args.max_steps
+        if steps <= 0:
+            steps = math.ceil(args.num_train_epochs * train_blocks * options.block_size / per_step)
+        args.warmup_steps = round(args.warmup_fraction * steps)
+
+
+def checkpoint_to_resume(args: PretrainArguments) -> str | None:
+    """The folder to go on from; `UserError` where `output_dir` holds an earlier run and nothing says what to do."""
+    folder = Path(args.output_dir)
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if args.resume_from_checkpoint == "auto":
+        return last
+    if args.resume_from_checkpoint is None and last is not None:
+        raise UserError(
+            f"output_dir {args.output_dir} holds {Path(last).name} of an earlier run: "
+            "continue it with --resume_from_checkpoint auto, or give another output_dir"
+        )
+    return args.resume_from_checkpoint
+
+
+def build_record(
+    trainer: PretrainTrainer, corpus: Corpus, options: ModelArguments, data: dict[str, Any]
+) -> dict[str, Any]:
+    """The results of a finished run, for `record.json`."""
+    model, args, history = trainer.accelerator.unwrap_model(trainer.model), trainer.args, trainer.state.log_history
+
+    def curve(key: str) -> list[dict[str, Any]]:
+        return [
+            {"step": row["step"], "tokens": row["tokens"], "seconds": row["train_seconds"], "loss": row[key]}
+            for row in history
+            if key in row
+        ]
+
+    train, validation = curve("loss"), curve("eval_loss")
+    final = {"train_loss": train[-1]["loss"] if train else None}
+    if validation:
+        final |= {"eval_loss": validation[-1]["loss"], "eval_perplexity": math.exp(min(validation[-1]["loss"], 700.0))}
+        final["best_eval_loss"] = min((row["loss"] for row in validation if math.isfinite(row["loss"])), default=None)
+    timing = trainer.timer.summary()
+    speed: dict[str, Any] = {"tokens_per_step": trainer.tokens_per_step, **timing}
+    if timing["steps_timed"]:
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        peak, source = matmul_peak(args.device, dtype)
+        flops = model_flops_per_token(model.config, options.block_size)
+        rate = 1000 * trainer.tokens_per_step / timing["step_ms"]
+        speed |= {
+            "tokens_per_second": round(rate, 1),
+            "model_flops_per_token": flops,
+            "model_flops_utilisation": round(rate * flops / (peak * args.world_size), 4),
+            "peak_flops": peak,
+            "peak_flops_source": source,
+        }
+    record = run_record(
+        "gpt2_pretrain",
+        (corpus, options, args),
+        model={
+            "parameters": model.num_parameters(),
+            "parameters_without_embeddings": model.num_parameters(exclude_embeddings=True),
+        },
+        data=data,
+        processes=args.world_size,
+        steps=trainer.state.global_step,
+        tokens=trainer.state.global_step * trainer.tokens_per_step,
+        train_seconds=round(max((row["train_seconds"] for row in history), default=0.0), 1),
+        final=final,
+        diverged=any(not math.isfinite(row["loss"]) for row in train + validation),
+        speed=speed,
+        optimizer_state_bytes=optimizer_state_bytes(trainer.optimizer),
+        peak_memory_bytes=peak_memory_bytes(args.device),
+        curves={"train": train, "validation": validation},
+    )
+    for files in ("train_files", "validation_files"):  # a record holds no path of the machine it was made on
+        record["config"][files] = [Path(name).name for name in record["config"][files]]
+    return record
+
+
+def pretrain(config: str | Path | Mapping[str, Any] | Sequence[str]) -> Path:
+    """Train as `config` says and return the folder that holds the model and its tokenizer (`output_dir`).
+
+    Args:
+        config: a YAML file, a mapping of options, or command-line words.
+
+    Raises:
+        UserError: bad input; the message names the option, the rule and the remedy.
+    """
+    corpus, options, args = read_config(config)
+    checkpoint = checkpoint_to_resume(args)
+    set_seed(args.seed)
+    tokenizer = load_tokenizer(corpus, options)
+    model = build_model(options, tokenizer)
+    train, validation = load_blocks(corpus, options, tokenizer)
+    set_length(args, options, None if options.streaming else len(train))
+    if validation is None:
+        args.eval_strategy = IntervalStrategy.NO
+    model.config.use_cache = False  # nothing is generated here, and a cache would cost memory
+
+    trainer = PretrainTrainer(
+        model,
+        args,
+        block_size=options.block_size,
+        train_dataset=train,
+        eval_dataset=validation,
+        data_collator=default_data_collator,
+        processing_class=tokenizer,
+        **trainer_optimizer(model, args),
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if validation is not None and args.eval_strategy != IntervalStrategy.NO:
+        last_evaluated = max((row["step"] for row in trainer.state.log_history if "eval_loss" in row), default=-1)
+        if last_evaluated != trainer.state.global_step:
+            trainer.evaluate()
+
+    model.config.use_cache = True
+    trainer.save_model()
+    folder = Path(args.output_dir)
+    if trainer.is_world_process_zero():
+        data = {
+            "tokenizer": Path(options.tokenizer).name,
+            "vocabulary": len(tokenizer),
+            "block_size": options.block_size,
+            "validation_blocks": len(validation) if validation else 0,
+        }
+        if not options.streaming:
+            data |= {"train_tokens": len(train.tokens), "train_blocks": len(train)}
+        record = build_record(trainer, corpus, options, data)
+        write_json(folder / "record.json", record)
+        draw_curves([record], folder / "curves.png")
+    trainer.accelerator.wait_for_everyone()
+    return folder
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    run_main(lambda: pretrain(sys.argv[1:]))
