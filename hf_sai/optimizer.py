@@ -153,7 +153,6 @@ class SGDSaI(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._steps += 1
         groups = [(group, self._blocks(group)) for group in self.param_groups]
         not_finite = self._calibrate(groups)
         for group, blocks in groups:
@@ -202,6 +201,7 @@ class SGDSaI(Optimizer):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _calibrate(self, groups: list[tuple[dict[str, Any], list[_Block]]]) -> set[Tensor]:
         """Set the scales of the blocks that wait for one; returns those whose first gradient is not finite."""
+        self._steps += 1
         waiting = [(group, b) for group, blocks in groups for b in blocks if not self._host_scale(b.param)]
         if not waiting:
             return set()
