@@ -61,8 +61,8 @@ def to_local(tensor: Tensor) -> Tensor:
 def measure(params: Sequence[Tensor], grads: Sequence[Tensor | None], eps: Sequence[float]) -> list[BlockStatistics]:
     """The statistics of each gradient, two passes in float32, two host synchronisations for all of them together.
 
-    A gradient that is a sharded ``DTensor`` is reduced over every mesh dimension it is split on, one collective for
-    all blocks of a mesh and pass. Every process must therefore pass the same sharded ``params`` in the same order;
+    A gradient that is a sharded ``DTensor`` is reduced over every mesh dimension it is split on, one collective a pass
+    and group of processes, however many blocks there are. Every process must therefore pass the same sharded ``params`` in the same order;
     ``None`` as the gradient of one stands for "no gradient on this process".
 
     Args:
@@ -169,18 +169,21 @@ def _to_host(parts: Sequence[Sequence[Tensor]]) -> list[list[float]]:
 
 
 def _all_reduce(params: Sequence[Tensor], values: list[float]) -> list[float]:
-    """``values`` summed over the processes that hold different shards of the same block."""
-    by_mesh: dict[Any, list[int]] = {}
+    """``values`` summed over the processes that hold different shards of the same block, one collective a group."""
+    by_group: dict[Any, list[int]] = {}
+    devices: dict[Any, str] = {}
     for i, p in enumerate(params):
         if is_dtensor(p):
-            # Not `is_shard()`: the strided shards of FSDP2 with tensor parallelism answer False to it.
-            dims = tuple(d for d, x in enumerate(p.placements) if not x.is_replicate())  # type: ignore[attr-defined]
-            if dims:
-                by_mesh.setdefault((p.device_mesh, dims), []).append(i)  # type: ignore[attr-defined]
-    for (mesh, dims), members in by_mesh.items():
-        vector = torch.tensor([values[i] for i in members], dtype=torch.float64, device=mesh.device_type)
-        for dim in dims:
-            torch.distributed.all_reduce(vector, group=mesh.get_group(dim))
+            mesh = p.device_mesh  # type: ignore[attr-defined]
+            for dim, placement in enumerate(p.placements):  # type: ignore[attr-defined]
+                # Not `is_shard()`: the strided shards of FSDP2 with tensor parallelism answer False to it.
+                if not placement.is_replicate():
+                    group = mesh.get_group(dim)
+                    by_group.setdefault(group, []).append(i)
+                    devices[group] = mesh.device_type
+    for group, members in by_group.items():
+        vector = torch.tensor([values[i] for i in members], dtype=torch.float64, device=devices[group])
+        torch.distributed.all_reduce(vector, group=group)
         for i, value in zip(members, vector.tolist(), strict=True):
             values[i] = value
     return values
