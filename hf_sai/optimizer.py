@@ -115,6 +115,15 @@ class SGDSaI(Optimizer):
             self.param_groups.pop()
             raise
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state of every trained block, also of one that has had no gradient yet: loaders look for every entry."""
+        if self.state:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.requires_grad:
+                        self._state_of(p, group)
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of SGDSaI; ``gsnr`` and ``scale`` stay float32 whatever the parameters' dtype is.
 
