@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -72,22 +72,26 @@ def label(record: Mapping[str, Any]) -> str:
     return ", ".join(filter(None, parts))
 
 
-def draw_curves(
-    records: Sequence[Mapping[str, Any]], path: Path | Any, axes: Sequence[str] = ("tokens", "seconds")
-) -> None:
-    """Training (thin) and validation (marked) loss of each record over each of `axes`, as a PNG.
-
-    Args:
-        path: a file name or a binary stream.
-        axes: `step`, `tokens` or `seconds`, a panel for each.
-    """
+def _figure(panels: int) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4 * len(axes), 4.4), layout="constrained")
+    figure = Figure(figsize=(6.4 * panels, 4.4), layout="constrained")
     FigureCanvasAgg(figure)  # no global state, no display
-    names = {"step": "step", "tokens": "tokens", "seconds": "seconds of training"}
-    for panel, axis in zip(figure.subplots(1, len(axes), sharey=True, squeeze=False)[0], axes, strict=True):
+    return figure, figure.subplots(1, panels, squeeze=False)[0]
+
+
+def _plain(text: str) -> str:
+    """Labels are shown as they are: no mathematics between dollars, none hidden for a leading underscore."""
+    return " " + text.replace("$", r"\$")
+
+
+def draw_curves(
+    records: Sequence[Mapping[str, Any]], path: Path | BinaryIO, labels: Sequence[str] | None = None
+) -> None:
+    """Training (thin) and validation (dotted) loss of each record over tokens and over seconds, as a PNG."""
+    figure, panels = _figure(2)
+    for panel, axis in zip(panels, ("tokens", "seconds"), strict=True):
         for number, record in enumerate(records):
             color = f"C{number % 10}"
             train, validation = (record["curves"][split] for split in ("train", "validation"))
@@ -98,10 +102,32 @@ def draw_curves(
                 color=color,
                 marker="o",
                 ms=3,
-                label=label(record),
+                label=_plain(labels[number] if labels else label(record)),
             )
-        panel.set_xlabel(names[axis])
+        panel.set_xlabel("tokens" if axis == "tokens" else "seconds of training")
+        panel.set_ylabel("loss (thin: training, dots: validation)")
         panel.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("loss (line: training, dots: validation)")
-    figure.axes[0].legend(fontsize="small")
+    panels[0].legend(fontsize="small")
+    figure.savefig(path, format="png", dpi=110)
+
+
+def draw_costs(
+    records: Sequence[Mapping[str, Any]], path: Path | BinaryIO, labels: Sequence[str] | None = None
+) -> None:
+    """Bars of the optimizer's median time in a step and of its state, as a PNG."""
+    figure, panels = _figure(2)
+    names = [_plain(labels[number] if labels else label(record)) for number, record in enumerate(records)]
+    times = [record["speed"].get("optimizer_ms", 0.0) for record in records]
+    sizes = [record["optimizer_state_bytes"] / 2**20 for record in records]
+    for panel, values, title in (
+        (panels[0], times, "optimizer step, ms"),
+        (panels[1], sizes, "optimizer state, MiB"),
+    ):
+        places = range(len(values))
+        bars = panel.barh(places, values, color=[f"C{place % 10}" for place in places])
+        panel.bar_label(bars, fmt="%.3g", padding=3)
+        panel.set_yticks(places, names)
+        panel.invert_yaxis()
+        panel.margins(x=0.15)
+        panel.set_xlabel(title)
     figure.savefig(path, format="png", dpi=110)
