@@ -64,10 +64,10 @@ def gsnr_table(optimizer: Any, model: nn.Module) -> list[GSNRRow]:
 def unwrap_sgd_sai(optimizer: Any) -> SGDSaI:
     """The SGDSaI that ``optimizer`` is or wraps; TypeError if there is none."""
     inner = optimizer
-    while inner is not None and not isinstance(inner, SGDSaI):
-        inner = getattr(inner, "optimizer", None)
-    if inner is None:
-        raise TypeError(f"optimizer must be an SGDSaI, got {type(optimizer).__name__}; only SGDSaI measures g-SNR")
+    while not isinstance(inner, SGDSaI):
+        if not hasattr(inner, "optimizer"):
+            raise TypeError(f"optimizer must be an SGDSaI, got {type(inner).__name__}; only SGDSaI measures g-SNR")
+        inner = inner.optimizer
     return inner
 
 
