@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_sai.momentum import scale_count
+
 SCALINGS = ("raw", "max", "adamw")
-MOMENTUM_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MOMENTUM_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
 def momentum_dtype(param: Tensor, choice: torch.dtype | str | None) -> torch.dtype:
@@ -81,11 +83,12 @@ def check_state_dict(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]
         check_group({**group, **{k: v for k, v in saved_group.items() if k != "params"}})
         for i, (p, key) in enumerate(zip(group["params"], saved_group["params"], strict=True)):
             if key in saved_state:
-                momentum = saved_group.get("momentum", group["momentum"])
-                _check_entry(saved_state[key], p, block_name(group, i), bool(momentum))
+                merged = {**group, **saved_group}
+                has_int8 = bool(merged["momentum"]) and momentum_dtype(p, merged["momentum_dtype"]) == torch.int8
+                _check_entry(saved_state[key], p, block_name(group, i), bool(merged["momentum"]), has_int8)
 
 
-def _check_entry(entry: Mapping[str, Any], p: Tensor, name: str, has_momentum: bool) -> None:
+def _check_entry(entry: Mapping[str, Any], p: Tensor, name: str, has_momentum: bool, has_int8: bool) -> None:
     for key in ("gsnr", "scale"):
         value = entry.get(key)
         if not isinstance(value, Tensor) or value.numel() != 1:
@@ -99,4 +102,15 @@ def _check_entry(entry: Mapping[str, Any], p: Tensor, name: str, has_momentum: b
         raise ValueError(
             f"momentum_buffer of {name} must have the parameter's shape {tuple(p.shape)}, "
             f"the state dict has {tuple(buffer.shape)}: it belongs to another model"
+        )
+    if has_momentum and (buffer.dtype == torch.int8) != has_int8:
+        raise ValueError(
+            f"momentum_buffer of {name} must be {'int8' if has_int8 else 'of a floating-point dtype'}, as momentum_dtype "
+            f"of its group says, the state dict has {buffer.dtype}"
+        )
+    momentum_scales = entry.get("momentum_scale")
+    if has_int8 and (momentum_scales is None or momentum_scales.shape != (scale_count(p.numel()),)):
+        raise ValueError(
+            f"momentum_scale of {name} must have one number for every 128 elements, {scale_count(p.numel())}, "
+            f"the state dict has {None if momentum_scales is None else tuple(momentum_scales.shape)}"
         )

@@ -4,25 +4,33 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hf_sai.checks import SCALINGS, block_name, check_group, check_parameters, check_state_dict, momentum_dtype
+from hf_sai.checks import SCALINGS, block_name, check_group, check_parameters, check_state_dict
 from hf_sai.gsnr import BlockStatistics, is_dtensor, measure, scales, to_local
-from hf_sai.kernels import Scalar, update_foreach, update_single_tensor
+from hf_sai.kernels import Block, Scalar, update_blocks, why_not_fused
+from hf_sai.state import allocate, restore, shard_number
+
+if TYPE_CHECKING:
+    from hf_sai.release import GradientRelease
 
 
-class _Block(NamedTuple):
-    """A parameter with a gradient in this step."""
+class Taking(NamedTuple):
+    """A parameter that takes part in this step."""
 
+    group: dict[str, Any]
+    place: int  # in the group
     param: Tensor
     grad: Tensor | None  # None: only to join the collectives of a sharded block
     state: dict[str, Tensor]
-    name: str
-    maximize: bool
+
+    @property
+    def name(self) -> str:
+        return block_name(self.group, self.place)
 
 
 class SGDSaI(Optimizer):
@@ -48,18 +56,32 @@ class SGDSaI(Optimizer):
             scale = gsnr * c, where c gives the first update of the blocks calibrated in the same step the root mean
             square that AdamW's first update has, lr, so that lr and weight_decay are in AdamW's units.
         maximize: maximise instead of minimise.
-        foreach: update many blocks in each launch; by default on CUDA.
-        fused: one launch for all blocks; needs CUDA and Triton.
-        momentum_dtype: dtype of the momentum buffers, by default each parameter's own.
-        stochastic_rounding: round bfloat16 parameters stochastically, without bias.
+        foreach: update many blocks in each launch; by default on CUDA where the fused path is not to be had.
+        fused: one Triton launch for all blocks; by default on CUDA where Triton is installed.
+        momentum_dtype: ``"float32"``, ``"bfloat16"`` or ``"int8"``, by default each parameter's own dtype. int8 has one
+            float32 scale for every 128 elements and is rounded stochastically (see :mod:`hf_sai.momentum`).
+        stochastic_rounding: round whatever is stored in bfloat16 stochastically, without bias.
 
     State of a parameter: ``momentum_buffer`` (absent when momentum is 0), ``gsnr`` and ``scale`` (0-dim float32
-    tensors, 0 until the block is calibrated). Nothing else decides the trajectory.
+    tensors, 0 until the block is calibrated); with int8 momentum ``momentum_scale`` (one dimension, float32); where
+    something is rounded stochastically ``rounding_step`` (0-dim int64), the number of updates so far, from which with
+    the block's place in the optimizer the random bits are hashed: training resumed is training not interrupted.
+
+    ``grad_scale`` and ``found_inf``, set as attributes by ``torch.amp.GradScaler``, are honoured inside the update:
+    gradients are divided by the first, and where the second is not 0 nothing changes, calibration included. Set
+    ``grad_scale = (norm / max_norm).clamp(min=1)`` to clip without a pass over the gradients.
+
+    Under CUDA graph capture ``lr`` must be a tensor on the device if it is to change, and every block must be
+    calibrated: run a few steps before.
 
     Raises:
         ValueError: for a hyper-parameter out of range, a complex parameter or one that FSDP1 has flattened, a sparse
-            gradient, or a state dict that does not fit. Nothing is changed then.
+            gradient, ``fused=True`` where that cannot be, or a state dict that does not fit. Nothing is changed then.
     """
+
+    # GradScaler then calls step also after an overflow, with grad_scale and found_inf set.
+    _step_supports_amp_scaling: ClassVar[bool] = True
+    _release: "GradientRelease | None" = None
 
     def __init__(
         self,
@@ -95,6 +117,7 @@ class SGDSaI(Optimizer):
     def _forget(self) -> None:
         """Drop what is derived from the state: the scales on the host, the warnings given, the count for the log."""
         self._host_scales: dict[Tensor, tuple[Tensor, int, float]] = {}
+        self._seeds: dict[Tensor, int] = {}
         self._warned: set[str] = set()
         self._steps = 0
 
@@ -111,6 +134,7 @@ class SGDSaI(Optimizer):
         super().add_param_group(param_group)
         try:
             check_parameters(self.param_groups[-1])
+            _check_fused(self.param_groups[-1])
         except ValueError:
             self.param_groups.pop()
             raise
@@ -138,15 +162,38 @@ class SGDSaI(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-        # torch has cast every floating-point tensor to its parameter's dtype: take the saved ones instead.
+        # torch has cast every tensor to its parameter's dtype: take the saved ones instead.
         for group, saved in zip(self.param_groups, final[0]["param_groups"], strict=True):
             for p, key in zip(group["params"], saved["params"], strict=True):
-                entry = final[0]["state"].get(key, {})
-                for name in entry.keys() & {"gsnr", "scale"}:
-                    self.state[p][name] = entry[name].to(p.device, torch.float32, copy=True)
-                if "momentum_buffer" in entry:
-                    dtype = momentum_dtype(p, group["momentum_dtype"])
-                    self.state[p]["momentum_buffer"] = entry["momentum_buffer"].to(p.device, dtype, copy=True)
+                restore(self.state[p], final[0]["state"].get(key, {}), p, group)
+
+    def release_gradients(self, model: torch.nn.Module, *, track_norm: bool = False) -> "GradientRelease":
+        """Update each parameter inside ``backward`` and free its gradient at once; ``step`` then only ends the step.
+
+        A block's first usable gradient only calibrates it, so that all three scalings work. For what this excludes
+        and why, see :mod:`hf_sai.release`.
+
+        Args:
+            model: what is trained; it must hold every parameter of this optimizer.
+            track_norm: keep the global norm of the gradients of each backward in ``released_norm``, on the device.
+
+        Returns:
+            A handle whose ``remove()`` ends it.
+
+        Raises:
+            ValueError: for a model or parameters whose gradients are reduced over processes.
+        """
+        from hf_sai.release import GradientRelease
+
+        if self._release is not None:
+            raise ValueError("release_gradients is active already; remove() its handle first")
+        self._release = GradientRelease(self, model, track_norm=track_norm)
+        return self._release
+
+    @property
+    def released_norm(self) -> Tensor | None:
+        """The global norm of the gradients that the last backward has released, None where it is not tracked."""
+        return None if self._release is None else self._release.norm()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -162,42 +209,48 @@ class SGDSaI(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        groups = [(group, self._blocks(group)) for group in self.param_groups]
-        not_finite = self._calibrate(groups)
-        for group, blocks in groups:
-            self._update(group, [b for b in blocks if b.grad is not None and b.param not in not_finite])
+        if self._release is not None:
+            self._steps += 1
+            self._release.finish()
+            return loss
+        taking = [
+            [t for place in range(len(group["params"])) if (t := self.taking(group, place))]
+            for group in self.param_groups
+        ]
+        roles, scaled = self._calibrate([t for members in taking for t in members])
+        places = iter(roles)
+        for group, members in zip(self.param_groups, taking, strict=True):
+            by_role: dict[str, list[Taking]] = {"first": [], "update": [], "skip": []}
+            for t in members:
+                by_role[next(places)].append(t)
+            self.update(group, by_role["first"], first=True, scaled=scaled)
+            self.update(group, by_role["update"], scaled=scaled)
         return loss
 
-    def _blocks(self, group: dict[str, Any]) -> list[_Block]:
-        """The blocks of a group that take part in this step, with their state allocated."""
-        blocks = []
-        for i, p in enumerate(group["params"]):
-            grad = p.grad
-            if grad is None:
-                # A process without a gradient still joins the collectives that calibrate a sharded block.
-                if not (p.requires_grad and is_dtensor(p) and not self._host_scale(p)):
-                    continue
-            elif grad.is_sparse:
-                name = block_name(group, i)
-                raise ValueError(
-                    f"SGDSaI needs dense gradients, {name} has a sparse one; build its layer with sparse=False"
-                )
-            elif is_dtensor(p) and grad.placements != p.placements:
-                grad = grad.redistribute(placements=p.placements)
-            if p.numel():
-                blocks.append(_Block(p, grad, self._state_of(p, group), block_name(group, i), group["maximize"]))
-        return blocks
+    def taking(self, group: dict[str, Any], place: int) -> Taking | None:
+        """A parameter with its gradient and its state; None if it has no part in this step."""
+        p = group["params"][place]
+        grad = p.grad
+        if grad is None:
+            # A process without a gradient still joins the collectives that calibrate a sharded block.
+            if not (p.requires_grad and is_dtensor(p) and not self.host_scale(p)):
+                return None
+        elif grad.is_sparse:
+            name = block_name(group, place)
+            raise ValueError(
+                f"SGDSaI needs dense gradients, {name} has a sparse one; build its layer with sparse=False"
+            )
+        elif is_dtensor(p) and grad.placements != p.placements:
+            grad = grad.redistribute(placements=p.placements)
+        return Taking(group, place, p, grad, self._state_of(p, group)) if p.numel() else None
 
     def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[p]
-        if not state:
-            if group["momentum"]:
-                state["momentum_buffer"] = torch.zeros_like(p, dtype=momentum_dtype(p, group["momentum_dtype"]))
-            for key in ("gsnr", "scale"):
-                state[key] = torch.zeros((), dtype=torch.float32, device=p.device)
+        if "scale" not in state:
+            allocate(state, p, group)
         return state
 
-    def _host_scale(self, p: Tensor) -> float:
+    def host_scale(self, p: Tensor) -> float:
         """The scale of a block, 0.0 while it is not calibrated; synchronises only where the state has changed."""
         scale = self.state[p].get("scale") if p in self.state else None
         if scale is None:
@@ -208,30 +261,58 @@ class SGDSaI(Optimizer):
         return known[2]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _calibrate(self, groups: list[tuple[dict[str, Any], list[_Block]]]) -> set[Tensor]:
-        """Set the scales of the blocks that wait for one; returns those whose first gradient is not finite."""
+    def _calibrate(self, taking: list[Taking]) -> tuple[list[str], bool]:
+        """Set the scales of the blocks that wait for one.
+
+        Returns:
+            For each block whether it has its ``"first"`` usable gradient, is to ``"update"``, or to ``"skip"`` this
+            step; and whether the gradients are still multiplied by ``grad_scale``.
+        """
         self._steps += 1
-        waiting = [(group, b) for group, blocks in groups for b in blocks if not self._host_scale(b.param)]
+        roles = ["skip" if t.grad is None else "update" for t in taking]
+        waiting = [i for i, t in enumerate(taking) if not self.host_scale(t.param)]
         if not waiting:
-            return set()
-        measured = measure([b.param for _, b in waiting], [b.grad for _, b in waiting], [g["eps"] for g, _ in waiting])
-        pairs = [(group, b, s) for (group, b), s in zip(waiting, measured, strict=True)]
+            return roles, True
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{taking[waiting[0]].name} is not calibrated yet, which a CUDA graph cannot capture; "
+                "run steps before capturing until every block has had a gradient that is not all zero"
+            )
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is not None and found_inf.item():
+            return ["skip"] * len(taking), True
+        for t in taking:
+            if grad_scale is not None and t.grad is not None:
+                local = to_local(t.grad)
+                local.div_(grad_scale.to(local.device))
+        kinds = self.calibrate([taking[i] for i in waiting])
+        for i, kind in zip(waiting, kinds, strict=True):
+            if taking[i].grad is not None:
+                roles[i] = {"usable": "first", "constant": "first", "zero": "update", "nonfinite": "skip"}[kind]
+        return roles, False
+
+    def calibrate(self, taking: list[Taking]) -> list[str]:
+        """Measure gradients and set the scales of those that are usable; returns the kind of each."""
+        statistics = measure([t.param for t in taking], [t.grad for t in taking], [t.group["eps"] for t in taking])
+        self.set_scales(list(zip(taking, statistics, strict=True)))
+        return [s.kind for s in statistics]
+
+    def set_scales(self, measured: list[tuple[Taking, BlockStatistics]]) -> None:
+        """Calibrate blocks from the statistics of their first gradients, and warn of what is odd about them."""
         for scaling in SCALINGS:
-            usable = [(b, s) for g, b, s in pairs if g["scaling"] == scaling and s.kind in ("usable", "constant")]
+            usable = [(t, s) for t, s in measured if t.group["scaling"] == scaling and s.kind in ("usable", "constant")]
             if usable:
                 self._set_scales(scaling, *zip(*usable, strict=True))
         self._warn(
             "has a constant first gradient, whose g-SNR is taken as sqrt(numel)",
-            [b.name for _, b, s in pairs if s.kind == "constant"],
+            [t.name for t, s in measured if s.kind == "constant"],
         )
-        not_finite = [b for _, b, s in pairs if s.kind == "nonfinite"]
         self._warn(
             "has NaN or infinite elements in its first gradient; it is left as it is until its gradient is finite",
-            [b.name for b in not_finite],
+            [t.name for t, s in measured if s.kind == "nonfinite"],
         )
-        return {b.param for b in not_finite}
 
-    def _set_scales(self, scaling: str, blocks: tuple[_Block, ...], statistics: tuple[BlockStatistics, ...]) -> None:
+    def _set_scales(self, scaling: str, blocks: tuple[Taking, ...], statistics: tuple[BlockStatistics, ...]) -> None:
         calibrated = [
             state["gsnr"].item()
             for group in self.param_groups
@@ -240,15 +321,12 @@ class SGDSaI(Optimizer):
             if (state := self.state.get(p))
         ]
         values = scales(statistics, scaling, max(calibrated, default=0.0))
-        for block, found, scale in zip(blocks, statistics, values, strict=True):
-            block.state["gsnr"].fill_(found.gsnr)
-            block.state["scale"].fill_(scale)
-            known = torch.tensor(scale, dtype=torch.float32).item()
-            self._host_scales[block.param] = (block.state["scale"], block.state["scale"]._version, known)
-            if "momentum_buffer" in block.state and block.grad is not None:
-                buffer = block.state["momentum_buffer"].copy_(block.grad)
-                if block.maximize:
-                    buffer.neg_()
+        gsnr_tensors, scale_tensors = [b.state["gsnr"] for b in blocks], [b.state["scale"] for b in blocks]
+        torch._foreach_zero_(gsnr_tensors + scale_tensors)
+        torch._foreach_add_(gsnr_tensors, [s.gsnr for s in statistics])
+        torch._foreach_add_(scale_tensors, values)
+        for block, scale in zip(blocks, torch.tensor(values, dtype=torch.float32).tolist(), strict=True):
+            self._host_scales[block.param] = (block.state["scale"], block.state["scale"]._version, scale)
         gsnrs = [s.gsnr for s in statistics]
         message = (
             f"SGDSaI calibrated {len(blocks)} blocks at step {self._steps}: "
@@ -265,26 +343,71 @@ class SGDSaI(Optimizer):
             others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             warnings.warn(f"SGDSaI: {names[0]}{others} {what}", stacklevel=2)
 
-    def _update(self, group: dict[str, Any], blocks: list[_Block]) -> None:
-        """Update the local part of every block of a group."""
-        if not blocks:
+    def update(
+        self,
+        group: dict[str, Any],
+        taking: list[Taking],
+        *,
+        lr: Scalar | None = None,
+        first: bool = False,
+        scaled: bool = False,
+    ) -> None:
+        """Update the local part of every block of a group.
+
+        Args:
+            lr: instead of the group's.
+            first: the momentum becomes the gradient.
+            scaled: whether the gradients are still multiplied by ``grad_scale``.
+        """
+        if not taking:
             return
         compiling = torch.compiler.is_compiling()
-        foreach = group["foreach"]
-        if foreach is None:
-            foreach = all(b.param.device.type == "cuda" for b in blocks)
-        scaled: list[Scalar] = [b.state["scale"] if compiling else self._host_scale(b.param) for b in blocks]
-        update = update_foreach if foreach else update_single_tensor
-        update(
-            [to_local(b.param) for b in blocks],
-            [to_local(b.grad) for b in blocks if b.grad is not None],
-            [to_local(b.state["momentum_buffer"]) for b in blocks if "momentum_buffer" in b.state],
-            scaled,
-            lr=group["lr"],
-            momentum=group["momentum"],
+        blocks = []
+        for t in taking:
+            state = t.state
+            buffer = state.get("momentum_buffer") if group["momentum"] else None
+            assert t.grad is not None
+            blocks.append(
+                Block(
+                    to_local(t.param),
+                    to_local(t.grad),
+                    None if buffer is None else to_local(buffer),
+                    state.get("momentum_scale"),
+                    state["scale"],
+                    state["scale"] if compiling else self.host_scale(t.param),
+                    state.get("rounding_step"),
+                    self._seed(t.param) if "rounding_step" in state else 0,
+                )
+            )
+        found_inf = getattr(self, "found_inf", None) if scaled else None
+        update_blocks(
+            blocks,
+            group["foreach"],
+            group["fused"],
+            grad_scale=getattr(self, "grad_scale", None) if scaled else None,
+            found_inf=found_inf,
+            lr=group["lr"] if lr is None else lr,
+            momentum=0.0 if first else group["momentum"],
             weight_decay=group["weight_decay"],
             maximize=group["maximize"],
+            stochastic_rounding=group["stochastic_rounding"],
         )
+        counters = [b.counter for b in blocks if b.counter is not None]
+        if counters:
+            torch._foreach_add_(counters, 1 if found_inf is None else (found_inf.to(counters[0].device) == 0).long())
+
+    def _seed(self, p: Tensor) -> int:
+        """A number of a parameter's own: its place in the optimizer, and which of its shards this process holds."""
+        if p not in self._seeds:
+            params = [q for group in self.param_groups for q in group["params"]]
+            self._seeds = {q: place + (shard_number(q) << 16) for place, q in enumerate(params)}
+        return self._seeds[p]
+
+
+def _check_fused(group: dict[str, Any]) -> None:
+    for i, p in enumerate(group["params"]):
+        if group["fused"] and (reason := why_not_fused(p)):
+            raise ValueError(f"fused=True is impossible for {block_name(group, i)}: {reason}; leave it None")
 
 
 def _logger() -> logging.Logger:

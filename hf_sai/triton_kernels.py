@@ -1,0 +1,261 @@
+"""The Triton kernels of :mod:`hf_sai.fused`: one updates a whole list of blocks, two measure a list of gradients.
+
+For each element, with everything in float32 registers::
+
+    g = grad / grad_scale                      (nothing at all happens where found_inf is not 0)
+    m = m + (1 - momentum) * (g - m)           (g = -g first if maximize)
+    p = (1 - lr * weight_decay) * p - lr * scale * m
+
+p, g and m are read once, p and m are written once: 20 bytes a float32 parameter, 8 with bfloat16 parameters and
+int8 momentum. Constants of a kernel are in capitals.
+"""
+
+# ruff: noqa: N803
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+import triton
+import triton.language as tl
+
+from hf_sai.kernels import triton_is_interpreted
+from hf_sai.momentum import CODE_BLOCK, LEVELS, SMALLEST
+from hf_sai.rounding import GOLDEN, MULTIPLIERS
+
+# Columns of the table.
+_COLUMNS = tl.constexpr(8)
+
+_CODE_BLOCK = tl.constexpr(CODE_BLOCK)
+_LEVELS = tl.constexpr(LEVELS)
+_SMALLEST = tl.constexpr(SMALLEST)
+_GOLDEN = tl.constexpr(GOLDEN)
+_FIRST = tl.constexpr(MULTIPLIERS[0])
+_SECOND = tl.constexpr(MULTIPLIERS[1])
+
+_INTERPRETED = tl.constexpr(triton_is_interpreted())
+
+
+@triton.jit
+def _hash(x):
+    x = (x ^ (x >> 16)) * _FIRST
+    x = (x ^ (x >> 15)) * _SECOND
+    return x ^ (x >> 15)
+
+
+@triton.jit
+def _nearest(x, dtype: tl.constexpr):
+    if _INTERPRETED and dtype == tl.bfloat16:  # Triton's interpreter truncates
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x).to(dtype)
+    return x.to(dtype)
+
+
+@triton.jit
+def _stochastic_bfloat16(x, bits):
+    rounded = (x.to(tl.uint32, bitcast=True) + (bits & 0xFFFF)) & 0xFFFF0000
+    return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x).to(tl.bfloat16)
+
+
+@triton.jit
+def _update_piece(
+    p_ptr,
+    g_ptr,
+    m_ptr,
+    code_scale_ptr,
+    first,
+    numel,
+    key,
+    decay,
+    step,
+    inverse_grad_scale,
+    weight,
+    HAS_MOMENTUM: tl.constexpr,
+    INT8: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    GRAD_SCALE: tl.constexpr,
+    MASKED: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """Update the elements ``first`` to ``first + PIECE`` of a block; the pointers already stand at ``first``."""
+    if INT8:  # rows of elements that share a scale
+        rows = tl.arange(0, PIECE // _CODE_BLOCK)
+        offsets = rows[:, None] * _CODE_BLOCK + tl.arange(0, _CODE_BLOCK)[None, :]
+    else:
+        offsets = tl.arange(0, PIECE)
+    # A comparison with a size known only on the device keeps loads from being wide: whole pieces do without.
+    left = numel - first
+    mask = (offsets < left) if MASKED else None
+    other: tl.constexpr = 0 if MASKED else None
+
+    p = tl.load(p_ptr + offsets, mask=mask, other=other).to(tl.float32)
+    g = tl.load(g_ptr + offsets, mask=mask, other=other).to(tl.float32)
+    if GRAD_SCALE:
+        g = g * inverse_grad_scale
+    if MAXIMIZE:
+        g = -g
+    if INT8 or STOCHASTIC:
+        bits = _hash(((first.to(tl.uint32) + offsets.to(tl.uint32)) * _GOLDEN) ^ key)
+    if HAS_MOMENTUM:
+        m = tl.load(m_ptr + offsets, mask=mask, other=other).to(tl.float32)
+        if INT8:
+            row_mask = (rows * _CODE_BLOCK < left) if MASKED else None
+            m = m * tl.load(code_scale_ptr + rows, mask=row_mask, other=other)[:, None]
+        m = m + weight * (g - m)
+        if INT8:
+            largest = tl.max(tl.abs(m), axis=1)
+            levels_of_row = tl.full((PIECE // _CODE_BLOCK,), _LEVELS, tl.float32)
+            tl.store(code_scale_ptr + rows, tl.div_rn(largest, levels_of_row), mask=row_mask)
+            usable = largest > _SMALLEST
+            inverse = tl.where(usable, tl.div_rn(levels_of_row, tl.where(usable, largest, 1.0)), 0.0)
+            noise = (bits >> 16).to(tl.float32) * 0.0000152587890625  # 2**-16
+            levels = tl.floor(m * inverse[:, None] + noise)
+            levels = tl.minimum(tl.maximum(levels, -_LEVELS), _LEVELS)
+            tl.store(m_ptr + offsets, levels.to(tl.int8), mask=mask)
+        elif STOCHASTIC and m_ptr.dtype.element_ty == tl.bfloat16:
+            tl.store(m_ptr + offsets, _stochastic_bfloat16(m, bits >> 16), mask=mask)
+        else:
+            tl.store(m_ptr + offsets, _nearest(m, m_ptr.dtype.element_ty), mask=mask)
+    else:
+        m = g
+    p = p * decay - step * m
+    if STOCHASTIC and p_ptr.dtype.element_ty == tl.bfloat16:
+        tl.store(p_ptr + offsets, _stochastic_bfloat16(p, bits), mask=mask)
+    else:
+        tl.store(p_ptr + offsets, _nearest(p, p_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _pointer(row_ptr, column: tl.constexpr, dtype: tl.constexpr, offset, ALIGNED: tl.constexpr):
+    pointer = tl.load(row_ptr + column).to(tl.pointer_type(dtype)) + offset
+    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
+
+
+@triton.jit
+def update_kernel(
+    table_ptr,  # (blocks, 8): addresses of p, g, m, its scales, scale and counter; number of elements; seed
+    tiles_ptr,  # (programs, 2): the block of a program and which of its tiles
+    lr_ptr,
+    grad_scale_ptr,
+    found_inf_ptr,
+    lr,
+    decay,
+    weight_decay,
+    weight,
+    P_DTYPE: tl.constexpr,
+    G_DTYPE: tl.constexpr,
+    M_DTYPE: tl.constexpr,
+    HAS_MOMENTUM: tl.constexpr,
+    INT8: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    LR_TENSOR: tl.constexpr,
+    GRAD_SCALE: tl.constexpr,
+    FOUND_INF: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TILE: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    program = tl.program_id(0)
+    row_ptr = table_ptr + tl.load(tiles_ptr + 2 * program) * _COLUMNS
+    begin = tl.load(tiles_ptr + 2 * program + 1).to(tl.int64) * TILE
+    numel = tl.load(row_ptr + 6)
+    if FOUND_INF:  # nothing to do, then
+        numel = tl.where(tl.load(found_inf_ptr).to(tl.float32) != 0, 0, numel)
+    p_ptr = _pointer(row_ptr, 0, P_DTYPE, begin, ALIGNED)
+    g_ptr = _pointer(row_ptr, 1, G_DTYPE, begin, ALIGNED)
+    m_ptr = p_ptr
+    code_scale_ptr = p_ptr
+    key = 0
+    if HAS_MOMENTUM:
+        m_ptr = _pointer(row_ptr, 2, M_DTYPE, begin, ALIGNED)
+        if INT8:
+            code_scale_ptr = _pointer(row_ptr, 3, tl.float32, begin // _CODE_BLOCK, ALIGNED)
+    scale = tl.load(tl.load(row_ptr + 4).to(tl.pointer_type(tl.float32)))
+    if INT8 or STOCHASTIC:
+        counter = tl.load(tl.load(row_ptr + 5).to(tl.pointer_type(tl.int64))).to(tl.uint32)
+        key = _hash(_hash(tl.load(row_ptr + 7).to(tl.uint32)) + counter)
+    if LR_TENSOR:
+        lr = tl.load(lr_ptr).to(tl.float32)
+        decay = 1 - lr * weight_decay
+    inverse_grad_scale = 1.0
+    if GRAD_SCALE:
+        inverse_grad_scale = tl.div_rn(1.0, tl.load(grad_scale_ptr).to(tl.float32))
+    step = lr * scale
+    if begin + TILE <= numel:
+        for done in range(0, TILE, PIECE):
+            _update_piece(
+                p_ptr + done, g_ptr + done, m_ptr + done, code_scale_ptr + done // _CODE_BLOCK, begin + done, numel,
+                key, decay, step, inverse_grad_scale, weight,
+                HAS_MOMENTUM, INT8, STOCHASTIC, MAXIMIZE, GRAD_SCALE, False, PIECE,
+            )  # fmt: skip
+    else:
+        for done in range(0, tl.minimum(numel - begin, TILE).to(tl.int32), PIECE):
+            _update_piece(
+                p_ptr + done, g_ptr + done, m_ptr + done, code_scale_ptr + done // _CODE_BLOCK, begin + done, numel,
+                key, decay, step, inverse_grad_scale, weight,
+                HAS_MOMENTUM, INT8, STOCHASTIC, MAXIMIZE, GRAD_SCALE, True, PIECE,
+            )  # fmt: skip
+
+
+@triton.jit
+def moments_kernel(
+    table_ptr,  # as above: column 1 is the gradient's address, 6 its number of elements
+    tiles_ptr,
+    sums_ptr,  # (programs,): written
+    centred_ptr,  # (programs,): written
+    G_DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Of each tile the sum, and the sum of squares about the tile's own mean: one pass, and nothing cancels."""
+    program = tl.program_id(0)
+    row_ptr = table_ptr + tl.load(tiles_ptr + 2 * program) * _COLUMNS
+    begin = tl.load(tiles_ptr + 2 * program + 1).to(tl.int64) * TILE
+    left = tl.load(row_ptr + 6) - begin
+    g_ptr = _pointer(row_ptr, 1, G_DTYPE, begin, ALIGNED)
+    offsets = tl.arange(0, TILE)
+    if left >= TILE:
+        g = tl.load(g_ptr + offsets).to(tl.float32)
+        total = tl.sum(g)
+        deviation = g - total / TILE
+    else:
+        mask = offsets < left
+        g = tl.load(g_ptr + offsets, mask=mask, other=0).to(tl.float32)
+        total = tl.sum(g)
+        deviation = tl.where(mask, g - total / left.to(tl.float32), 0.0)
+    tl.store(sums_ptr + program, total)
+    tl.store(centred_ptr + program, tl.sum(deviation * deviation))
+
+
+@triton.jit
+def combine_kernel(
+    table_ptr,
+    first_tile_ptr,  # (blocks + 1,)
+    sums_ptr,
+    centred_ptr,
+    moments_ptr,  # (blocks, 2): written
+    TILE: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """One program a block, in float64 and always in the same order: Chan's formula over its tiles."""
+    block = tl.program_id(0)
+    numel = tl.load(table_ptr + block * _COLUMNS + 6)
+    first = tl.load(first_tile_ptr + block)
+    last = tl.load(first_tile_ptr + block + 1)
+    columns = tl.arange(0, WIDTH)
+    total = tl.zeros((WIDTH,), tl.float64)
+    for tile in range(first, last, WIDTH):
+        total += tl.load(sums_ptr + tile + columns, mask=tile + columns < last, other=0.0).to(tl.float64)
+    block_total = tl.sum(total)
+    mean = block_total / numel.to(tl.float64)
+    centred = tl.zeros((WIDTH,), tl.float64)
+    for tile in range(first, last, WIDTH):
+        mask = tile + columns < last
+        sums = tl.load(sums_ptr + tile + columns, mask=mask, other=0.0).to(tl.float64)
+        before = (tile + columns - first).to(tl.int64) * TILE
+        count = tl.minimum(numel - before, TILE).to(tl.float64)
+        apart = sums / tl.where(mask, count, 1.0) - mean
+        own = tl.load(centred_ptr + tile + columns, mask=mask, other=0.0).to(tl.float64)
+        centred += tl.where(mask, own + count * apart * apart, 0.0)
+    tl.store(moments_ptr + 2 * block, block_total)
+    tl.store(moments_ptr + 2 * block + 1, tl.sum(centred))
