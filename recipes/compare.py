@@ -27,6 +27,8 @@ HEADER = (
     *("step, ms", "optimizer, ms", "tokens/s", "peak memory, MiB", "training, s"),
 )
 
+INCIDENTAL = ("cache_dir", "disable_tqdm", "do_eval", "logging_steps", "eval_steps", "save_steps", "save_strategy")
+
 
 def read_record(path: str | Path) -> dict[str, Any]:
     """A run record, checked for what the page needs."""
@@ -93,8 +95,8 @@ def shared_settings(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any
     keys = sorted({key for record in records for key in record["config"]})
     values = {key: [record["config"].get(key) for record in records] for key in keys}
     same = {key: found[0] for key, found in values.items() if all(value == found[0] for value in found)}
-    shown = {key: value for key, value in same.items() if value not in (None, False, [], {})}
-    return shown, [key for key in keys if key not in same]
+    shown = {key: value for key, value in same.items() if value not in (None, False, [], {}) and key not in INCIDENTAL}
+    return shown, [key for key in keys if key not in same and key not in INCIDENTAL]
 
 
 def _conditions(records: Sequence[Mapping[str, Any]]) -> list[str]:

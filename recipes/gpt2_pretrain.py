@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock
 from torch.utils.data import Subset
 from transformers import (
@@ -33,10 +32,9 @@ from transformers import (
 )
 from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
-from recipes.common import StepTimer, UserError, optimizer_state_bytes, parse_config, run_main, run_record, write_json
+from recipes.common import StepTimer, UserError, parse_config, run_main, write_json
 from recipes.optimizers import RecipeArguments, trainer_optimizer
 from recipes.pretrain_data import (
-    Corpus,
     PackedBlocks,
     StreamedBlocks,
     cache_key,
@@ -44,7 +42,8 @@ from recipes.pretrain_data import (
     tokenize_corpus,
     train_tokenizer,
 )
-from recipes.pretrain_report import draw_curves, matmul_peak, model_flops_per_token, peak_memory_bytes
+from recipes.pretrain_report import build_record, draw_curves
+from recipes.pretrain_text import Corpus
 
 logger = logging.getLogger(__name__)
 
@@ -152,15 +151,8 @@ def load_tokenizer(corpus: Corpus, options: ModelArguments) -> PreTrainedTokeniz
                 logger.warning("training a byte-level BPE tokenizer of %d tokens", options.vocab_size)
                 train_tokenizer(corpus, options.vocab_size, options.tokenizer_train_bytes).model.save(str(folder))
                 special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
-                write_json(
-                    folder / "tokenizer_config.json",
-                    {
-                        **special,
-                        "add_prefix_space": False,
-                        "model_max_length": options.n_positions,
-                        "tokenizer_class": "GPT2Tokenizer",
-                    },
-                )
+                settings = {**special, "add_prefix_space": False, "tokenizer_class": "GPT2Tokenizer"}
+                write_json(folder / "tokenizer_config.json", settings)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
     except (OSError, ValueError) as error:
@@ -219,6 +211,7 @@ def build_model(options: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> 
         bos_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         attn_implementation=options.attn_implementation,
+        loss_type="ForCausalLM",  # what transformers would choose after a warning
     )
     return GPT2LMHeadModel(config)
 
@@ -305,62 +298,6 @@ def checkpoint_to_resume(args: PretrainArguments) -> str | None:
             "continue it with --resume_from_checkpoint auto, or give another output_dir"
         )
     return args.resume_from_checkpoint
-
-
-def build_record(
-    trainer: PretrainTrainer, corpus: Corpus, options: ModelArguments, data: dict[str, Any]
-) -> dict[str, Any]:
-    """The results of a finished run, for `record.json`."""
-    model, args, history = trainer.accelerator.unwrap_model(trainer.model), trainer.args, trainer.state.log_history
-
-    def curve(key: str) -> list[dict[str, Any]]:
-        return [
-            {"step": row["step"], "tokens": row["tokens"], "seconds": row["train_seconds"], "loss": row[key]}
-            for row in history
-            if key in row
-        ]
-
-    train, validation = curve("loss"), curve("eval_loss")
-    final = {"train_loss": train[-1]["loss"] if train else None}
-    if validation:
-        final |= {"eval_loss": validation[-1]["loss"], "eval_perplexity": math.exp(min(validation[-1]["loss"], 700.0))}
-        final["best_eval_loss"] = min((row["loss"] for row in validation if math.isfinite(row["loss"])), default=None)
-    timing = trainer.timer.summary()
-    speed: dict[str, Any] = {"tokens_per_step": trainer.tokens_per_step, **timing}
-    if timing["steps_timed"]:
-        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-        peak, source = matmul_peak(args.device, dtype)
-        flops = model_flops_per_token(model.config, options.block_size)
-        rate = 1000 * trainer.tokens_per_step / timing["step_ms"]
-        speed |= {
-            "tokens_per_second": round(rate, 1),
-            "model_flops_per_token": flops,
-            "model_flops_utilisation": round(rate * flops / (peak * args.world_size), 4),
-            "peak_flops": peak,
-            "peak_flops_source": source,
-        }
-    record = run_record(
-        "gpt2_pretrain",
-        (corpus, options, args),
-        model={
-            "parameters": model.num_parameters(),
-            "parameters_without_embeddings": model.num_parameters(exclude_embeddings=True),
-        },
-        data=data,
-        processes=args.world_size,
-        steps=trainer.state.global_step,
-        tokens=trainer.state.global_step * trainer.tokens_per_step,
-        train_seconds=round(max((row["train_seconds"] for row in history), default=0.0), 1),
-        final=final,
-        diverged=any(not math.isfinite(row["loss"]) for row in train + validation),
-        speed=speed,
-        optimizer_state_bytes=optimizer_state_bytes(trainer.optimizer),
-        peak_memory_bytes=peak_memory_bytes(args.device),
-        curves={"train": train, "validation": validation},
-    )
-    for files in ("train_files", "validation_files"):  # a record holds no path of the machine it was made on
-        record["config"][files] = [Path(name).name for name in record["config"][files]]
-    return record
 
 
 def pretrain(config: str | Path | Mapping[str, Any] | Sequence[str]) -> Path:

@@ -1,241 +1,41 @@
-"""Text to full blocks of tokens, for pretraining: read, split by document, tokenise once in bounded memory, pack.
+"""Documents to full blocks of tokens: tokenised once in bounded memory, then packed.
 
-A corpus is a list of local files (parquet, jsonl, csv or text) or a data set of the hub. Every document is followed by
-the end-of-text token, and the tokens of a split lie one after the other in one file of the cache, which training maps
-into memory. The validation split is whole documents: files of its own, or the documents whose hash falls below
-`validation_fraction`. A training document that is also a validation document is left out.
+Every document is followed by the end-of-text token, and the tokens of a split lie one after the other in one file of
+the cache, which training maps into memory. A training document that is also a validation document is left out.
 """
 
 from __future__ import annotations
 
-import glob
-import gzip
 import hashlib
 import json
 import logging
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TextIO
+from types import TracebackType
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
 import torch
 from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import Dataset, IterableDataset
 
 from recipes.common import UserError, write_json
+from recipes.pretrain_encode import encode, encode_in_worker, plain_tokenizer, start_worker
+from recipes.pretrain_text import Corpus
 
 logger = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
 IGNORED = -100  # the label that transformers' losses leave out
 BATCH_CHARACTERS = 1 << 20  # text tokenised as one unit of work: what is lost when the tokenisation is killed
-TEXT_DOCUMENT_CHARACTERS = 1 << 14
 FORMAT = 1  # of the cache: raised when what is written changes
-
-
-@dataclass
-class Corpus:
-    """Where the text comes from and how it is split.
-
-    Either `train_files` (paths or glob patterns; .parquet, .jsonl, .csv, .txt, the last three also with .gz) or
-    `dataset` (a name on the hub). A text file has no document marks of its own: a line that equals
-    `document_separator` ends a document; without one the file is cut at empty lines into documents of about 16,000
-    characters.
-    """
-
-    train_files: list[str] = field(default_factory=list)
-    validation_files: list[str] = field(default_factory=list)
-    dataset: str | None = None
-    dataset_config: str | None = None
-    dataset_split: str = "train"
-    dataset_revision: str | None = None
-    text_column: str = "text"
-    document_separator: str | None = None
-    validation_fraction: float = 0.005
-    split_seed: int = 0
-    max_documents: int | None = None
-
-    def __post_init__(self) -> None:
-        if bool(self.train_files) == bool(self.dataset):
-            raise UserError("exactly one of train_files (local) and dataset (on the hub) must be given")
-        if not 0 <= self.validation_fraction < 1:
-            raise UserError(f"validation_fraction must be in [0, 1), got {self.validation_fraction}")
-
-    def documents(self, *, streaming: bool = False) -> Iterator[str]:
-        """Every document of the training source in its order, those to be held out included.
-
-        `streaming`: read the hub's data set over the network while iterating, instead of downloading it first.
-        """
-        if self.dataset:
-            return islice(_hub_documents(self, streaming), self.max_documents)
-        return islice(_file_documents(self.train_files, self, "train_files"), self.max_documents)
-
-    def validation_documents(self) -> Iterator[str]:
-        """The documents of `validation_files`."""
-        return _file_documents(self.validation_files, self, "validation_files")
-
-    def held_out(self, digest: bytes) -> bool:
-        """Whether the document with this digest belongs to validation; equal documents are on the same side."""
-        if self.validation_files:
-            return False
-        return int.from_bytes(digest[:8], "big") < self.validation_fraction * 2**64
-
-    def digest(self, document: str) -> bytes:
-        return hashlib.blake2b(document.encode(), digest_size=16, salt=self.split_seed.to_bytes(8, "big")).digest()
-
-    def describe(self) -> dict[str, Any]:
-        """What decides the text: a changed file, split or option gives another cache entry."""
-        described: dict[str, Any] = {key: value for key, value in vars(self).items() if not key.endswith("_files")}
-        for option in ("train_files", "validation_files"):
-            paths = [Path(path).resolve() for path in _expand(getattr(self, option), option)]
-            described[option] = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-        return described
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-
-def _expand(patterns: Sequence[str], option: str) -> list[str]:
-    paths: list[str] = []
-    for pattern in patterns:
-        found = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
-        if not found or not all(os.path.isfile(path) for path in found):
-            raise UserError(f"{option}: no file at {pattern!r}")
-        paths += found
-    return paths
-
-
-def _file_documents(patterns: Sequence[str], corpus: Corpus, option: str) -> Iterator[str]:
-    for path in _expand(patterns, option):
-        suffix = Path(path.removesuffix(".gz")).suffix
-        if suffix not in READERS:
-            raise UserError(f"{option}: {path} must end in one of {', '.join(READERS)}, got {suffix!r}")
-        empty = True
-        for document in READERS[suffix](path, corpus):
-            if document and not document.isspace():
-                empty = False
-                yield document
-        if empty:
-            raise UserError(f"{option}: {path} holds no text")
-
-
-def _open_text(path: str) -> TextIO:
-    opener: Any = gzip.open if path.endswith(".gz") else open
-    return opener(path, "rt", encoding="utf-8", newline="")
-
-
-def _lines(path: str, limit: int = BATCH_CHARACTERS) -> Iterator[tuple[int, str]]:
-    """Numbered lines, those over `limit` characters in parts: memory stays bounded where a file is one endless line."""
-    number = 0
-    with _open_text(path) as handle:
-        try:
-            while line := handle.readline(limit):
-                number += 1
-                yield number, line
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{path} must be UTF-8, but soon after line {number} there is byte {error.object[error.start]:#04x} "
-                f"({error.reason}): convert it, for example with iconv"
-            ) from error
-
-
-def _read_text(path: str, corpus: Corpus) -> Iterator[str]:
-    pieces: list[str] = []
-    length = 0
-    for _, line in _lines(path):
-        if line.strip() == corpus.document_separator:
-            yield "".join(pieces)
-            pieces, length = [], 0
-            continue
-        pieces.append(line)
-        length += len(line)
-        # Without marks: at the first empty line after 16,000 characters; text without empty lines at any line later.
-        enough = TEXT_DOCUMENT_CHARACTERS * (1 if line.isspace() else 8)
-        if corpus.document_separator is None and length >= enough:
-            yield "".join(pieces)
-            pieces, length = [], 0
-    yield "".join(pieces)
-
-
-def _read_jsonl(path: str, corpus: Corpus) -> Iterator[str]:
-    for number, line in _lines(path, limit=-1):
-        if line.isspace():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not JSON: {error}") from error
-        if not isinstance(row, dict) or not isinstance(row.get(corpus.text_column), str):
-            found = sorted(row) if isinstance(row, dict) else type(row).__name__
-            raise UserError(f"{path}, line {number}: no string {corpus.text_column!r} (text_column) in {found}")
-        yield row[corpus.text_column]
-
-
-def _column(path: str, names: Sequence[str], corpus: Corpus) -> str:
-    if corpus.text_column not in names:
-        raise UserError(f"{path}: text_column must be one of {list(names)}, got {corpus.text_column!r}")
-    return corpus.text_column
-
-
-def _read_parquet(path: str, corpus: Corpus) -> Iterator[str]:
-    with pa.parquet.ParquetFile(path) as file:
-        column = _column(path, file.schema_arrow.names, corpus)
-        for batch in file.iter_batches(batch_size=256, columns=[column]):
-            yield from (text for text in batch.column(0).to_pylist() if text is not None)
-
-
-def _read_csv(path: str, corpus: Corpus) -> Iterator[str]:
-    if os.path.getsize(path) == 0:
-        return
-    try:
-        reader = pa.csv.open_csv(
-            path,
-            read_options=pa.csv.ReadOptions(block_size=1 << 24),
-            parse_options=pa.csv.ParseOptions(newlines_in_values=True),
-            convert_options=pa.csv.ConvertOptions(column_types={corpus.text_column: pa.string()}),
-        )
-        column = _column(path, reader.schema.names, corpus)
-        for batch in reader:
-            yield from (text for text in batch.column(column).to_pylist() if text is not None)
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path} must be CSV in UTF-8: {error}") from error
-
-
-READERS = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".csv": _read_csv, ".txt": _read_text}
-
-
-def _hub_documents(corpus: Corpus, streaming: bool) -> Iterator[str]:
-    import datasets
-
-    column = corpus.text_column
-    try:
-        loaded = datasets.load_dataset(
-            corpus.dataset,
-            corpus.dataset_config,
-            split=corpus.dataset_split,
-            revision=corpus.dataset_revision,
-            streaming=streaming,
-        )
-    except (OSError, datasets.exceptions.DatasetNotFoundError) as error:  # a ConnectionError is an OSError
-        raise UserError(
-            f"dataset: {corpus.dataset!r} could not be read from the hub ({error}): "
-            "check the name and the network, or give local text with train_files"
-        ) from error
-    if loaded.column_names is not None:
-        _column(f"dataset {corpus.dataset}", loaded.column_names, corpus)
-    for row in loaded.select_columns([column]):
-        if row[column] and not row[column].isspace():
-            yield row[column]
 
 
 # --- tokenising ------------------------------------------------------------------------------------------------------
@@ -266,37 +66,6 @@ def train_tokenizer(corpus: Corpus, vocab_size: int, max_bytes: int) -> Tokenize
 
     tokenizer.train_from_iterator(sample(), trainer)
     return tokenizer
-
-
-def plain_tokenizer(serialised: str) -> Tokenizer:
-    """A copy to which "<|endoftext|>" inside a document is text, not a mark, and which cuts nothing off."""
-    tokenizer = Tokenizer.from_str(serialised)
-    tokenizer.encode_special_tokens = True
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def encode(tokenizer: Tokenizer, documents: list[str], end_of_text: int, dtype: str) -> np.ndarray[Any, Any]:
-    """The tokens of the documents, shape (tokens,), each document followed by `end_of_text`."""
-    ids: list[int] = []
-    for encoding in tokenizer.encode_batch_fast(documents, add_special_tokens=False):
-        ids += encoding.ids
-        ids.append(end_of_text)
-    return np.asarray(ids, dtype=dtype)
-
-
-_worker_tokenizer: Tokenizer
-
-
-def _start_worker(serialised: str) -> None:
-    global _worker_tokenizer
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _worker_tokenizer = plain_tokenizer(serialised)
-
-
-def _encode_in_worker(documents: list[str], end_of_text: int, dtype: str) -> np.ndarray[Any, Any]:
-    return encode(_worker_tokenizer, documents, end_of_text, dtype)
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
@@ -334,9 +103,15 @@ class _Writer:
         self.state = (
             json.loads(self.note.read_text()) if self.note.exists() else {"read": 0, "documents": 0, "bytes": 0}
         )
-        self.file = open(path, "r+b" if self.note.exists() else "wb")  # noqa: SIM115 (closed in finish)
+        self.file = open(path, "r+b" if self.note.exists() else "wb")  # noqa: SIM115 (closed by __exit__)
         self.file.truncate(self.state["bytes"])
         self.file.seek(0, os.SEEK_END)
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.file.close()
 
     def append(self, encoded: np.ndarray[Any, Any], documents: int, read: int) -> None:
         self.file.write(encoded.tobytes())
@@ -348,8 +123,7 @@ class _Writer:
         }
         write_json(self.note, self.state)
 
-    def finish(self) -> TokenFile:
-        self.file.close()
+    def result(self) -> TokenFile:
         tokens = self.state["bytes"] // np.dtype(self.dtype).itemsize
         return TokenFile(self.path, self.dtype, tokens, self.state["documents"])
 
@@ -378,10 +152,10 @@ def _write_split(
         for read, batch in numbered_batches():
             writer.append(encode(tokenizer, batch, end_of_text, writer.dtype), len(batch), read)
         return
-    with ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, (serialised,)) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn"), start_worker, (serialised,)) as pool:
         waiting: deque[tuple[int, int, Future[Any]]] = deque()  # in order, and short: memory stays bounded
         for read, batch in numbered_batches():
-            waiting.append((read, len(batch), pool.submit(_encode_in_worker, batch, end_of_text, writer.dtype)))
+            waiting.append((read, len(batch), pool.submit(encode_in_worker, batch, end_of_text, writer.dtype)))
             if len(waiting) > 2 * processes:
                 read, count, future = waiting.popleft()
                 writer.append(future.result(), count, read)
@@ -447,10 +221,10 @@ def _build(
 
     files = {}
     for name, documents in (("validation", validation()), ("train", train())):
-        writer = _Writer(folder / f"{name}.bin", dtype)
         logger.info("tokenising the %s split into %s", name, folder)
-        _write_split(writer, documents, serialised, end_of_text, processes)
-        files[name] = writer.finish()
+        with _Writer(folder / f"{name}.bin", dtype) as writer:
+            _write_split(writer, documents, serialised, end_of_text, processes)
+        files[name] = writer.result()
         logger.info("%s: %d documents, %d tokens", name, files[name].documents, files[name].tokens)
         if files[name].tokens == 0 and (name == "train" or corpus.validation_files or corpus.validation_fraction > 0):
             raise UserError(

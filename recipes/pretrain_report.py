@@ -1,7 +1,8 @@
-"""Figures and yardsticks of a pretraining run: loss curves, the peak of the machine, the cost of a token."""
+"""What a pretraining run reports: its record, the yardsticks in it, and the figures."""
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+
+from recipes.common import optimizer_state_bytes, run_record
 
 # Dense bf16 and fp16 tensor-core peaks in FLOP/s from the makers' data sheets; the first name that fits wins.
 GPU_PEAKS = {
@@ -63,6 +66,66 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def build_record(trainer: Any, corpus: Any, options: Any, data: dict[str, Any]) -> dict[str, Any]:
+    """The results of a finished run, for `record.json`.
+
+    Args:
+        trainer: a `PretrainTrainer` after training.
+        corpus, options: the other two groups of settings.
+        data: what the run was trained on.
+    """
+    model, args, history = trainer.accelerator.unwrap_model(trainer.model), trainer.args, trainer.state.log_history
+
+    def curve(key: str) -> list[dict[str, Any]]:
+        return [
+            {"step": row["step"], "tokens": row["tokens"], "seconds": row["train_seconds"], "loss": row[key]}
+            for row in history
+            if key in row
+        ]
+
+    train, validation = curve("loss"), curve("eval_loss")
+    final = {"train_loss": train[-1]["loss"] if train else None}
+    if validation:
+        final |= {"eval_loss": validation[-1]["loss"], "eval_perplexity": math.exp(min(validation[-1]["loss"], 700.0))}
+        final["best_eval_loss"] = min((row["loss"] for row in validation if math.isfinite(row["loss"])), default=None)
+    timing = trainer.timer.summary()
+    speed: dict[str, Any] = {"tokens_per_step": trainer.tokens_per_step, **timing}
+    if timing["steps_timed"]:
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        peak, source = matmul_peak(args.device, dtype)
+        flops = model_flops_per_token(model.config, options.block_size)
+        rate = 1000 * trainer.tokens_per_step / timing["step_ms"]
+        speed |= {
+            "tokens_per_second": round(rate, 1),
+            "model_flops_per_token": flops,
+            "model_flops_utilisation": round(rate * flops / (peak * args.world_size), 4),
+            "peak_flops": peak,
+            "peak_flops_source": source,
+        }
+    record = run_record(
+        "gpt2_pretrain",
+        (corpus, options, args),
+        model={
+            "parameters": model.num_parameters(),
+            "parameters_without_embeddings": model.num_parameters(exclude_embeddings=True),
+        },
+        data=data,
+        processes=args.world_size,
+        steps=trainer.state.global_step,
+        tokens=trainer.state.global_step * trainer.tokens_per_step,
+        train_seconds=round(max((row["train_seconds"] for row in history), default=0.0), 1),
+        final=final,
+        diverged=any(not math.isfinite(row["loss"]) for row in train + validation),
+        speed=speed,
+        optimizer_state_bytes=optimizer_state_bytes(trainer.optimizer),
+        peak_memory_bytes=peak_memory_bytes(args.device),
+        curves={"train": train, "validation": validation},
+    )
+    for files in ("train_files", "validation_files"):  # a record holds no path of the machine it was made on
+        record["config"][files] = [Path(name).name for name in record["config"][files]]
+    return record
 
 
 def label(record: Mapping[str, Any]) -> str:
