@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.training_args import OptimizerNames
 
+from hf_sai.checkpoints import TRAINER_STATE, last_whole_checkpoint
 from hf_sai.checks import MOMENTUM_DTYPES, SCALINGS, check_group
 from hf_sai.optimizer import SGDSaI
 
@@ -94,6 +96,22 @@ class SaITrainer(Trainer):
         self, model: nn.Module | None = None, args: TrainingArguments | None = None, *rest: Any, **kwargs: Any
     ) -> None:
         super().__init__(model, SaITrainingArguments("tmp_trainer") if args is None else args, *rest, **kwargs)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *rest: Any, **kwargs: Any) -> Any:
+        """As ``Trainer.train``; ``True`` resumes from the last checkpoint that was written to its end."""
+        if resume_from_checkpoint is True:
+            folder = str(self.args.output_dir)
+            resume_from_checkpoint = last_whole_checkpoint(folder, self.args.world_size)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"resume_from_checkpoint=True found no whole checkpoint in {folder!r}")
+        return super().train(resume_from_checkpoint, *rest, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        if self.args.should_save:
+            # A checkpoint written over an older one must not pass for whole while it is a mixture of both.
+            (folder / TRAINER_STATE).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
