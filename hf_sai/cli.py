@@ -55,9 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         chosen.run(args)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] == hf_sai.__name__:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", hf_sai.__name__):
             raise
-        message = f"needs the package {error.name}: pip install 'hf_sai[{chosen.EXTRA}]'"
+        message = f"needs the package {package}: pip install 'hf_sai[{chosen.EXTRA}]'"
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
     except ValueError as error:

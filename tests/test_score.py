@@ -217,12 +217,11 @@ def test_a_file_that_cannot_be_read_is_named(score, tmp_path):
 
 def test_a_missing_package_is_named_with_its_extra(score, write, monkeypatch):
     monkeypatch.delitem(sys.modules, scoring.__name__)
-    monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
     monkeypatch.setitem(sys.modules, "pycocoevalcap.cider.cider", None)
     code, _, err = score(write("out.txt", "\n".join(OUTPUTS)))
     assert (code, err) == (
         1,
-        "hf-sai score: error: needs the package pycocoevalcap.cider.cider: pip install 'hf_sai[e2e]'\n",
+        "hf-sai score: error: needs the package pycocoevalcap: pip install 'hf_sai[e2e]'\n",
     )
 
 

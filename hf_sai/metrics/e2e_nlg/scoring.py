@@ -200,7 +200,7 @@ def _ptb_tokenize(java: str, outputs: list[str], groups: list[list[str]]) -> tup
     if run.returncode != 0 or len(lines) != len(texts) + 1:
         raise ChildProcessError(
             f"the PTB tokenizer ({java}) gave {len(lines) - 1} lines for {len(texts)} texts and ended with code "
-            f"{run.returncode}: {_tail(run.stderr)}"
+            f"{run.returncode}: {_tail(run.stderr or run.stdout)}"
         )
     kept = iter([" ".join(t for t in line.split(" ") if t not in ptbtokenizer.PUNCTUATIONS) for line in lines[:-1]])
     tokenized = [next(kept) for _ in outputs]
@@ -260,11 +260,14 @@ def _meteor(java: str, outputs: list[str], groups: list[list[str]]) -> float:
 
 
 def _numbers(line: str) -> str:
-    """A line of METEOR's answers, checked to hold numbers only: after an error it may print text and wait for more."""
+    """A line of METEOR's answers, checked to hold numbers only: Java prints some errors to stdout."""
     if not line:
         raise ValueError("it ended early")
-    for number in line.split():
-        float(number)
+    try:
+        for number in line.split():
+            float(number)
+    except ValueError:
+        raise ValueError(f"it answered {line.strip()!r}") from None
     return line.strip()
 
 
