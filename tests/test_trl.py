@@ -1,0 +1,103 @@
+"""TRL's trainers: by name after `register()`, and where they take an optimizer, without it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from ways import QUIET
+
+from hf_sai import SGDSaI, create_sgd_sai, gsnr_table, sgd_sai_from_args
+
+trl = pytest.importorskip("trl", reason="TRL is not installed: pip install 'hf_sai[trl]'")
+from datasets import Dataset  # noqa: E402
+from peft import LoraConfig  # noqa: E402
+
+# TRL 1.16 and peft 0.21 still use names that transformers 5.23 has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing(_disable)?` is deprecated:FutureWarning")
+
+STEPS = 4
+COMMON = {**QUIET, "max_steps": STEPS, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "weight_decay": 0.1}
+LORA = LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+
+
+@pytest.fixture
+def texts() -> Any:
+    return Dataset.from_dict({"text": [f"the cat sat on mat {i}" for i in range(8)]})
+
+
+@pytest.fixture
+def preferences() -> Any:
+    rows = [{"prompt": f"say {i}", "chosen": " yes please", "rejected": " no"} for i in range(8)]
+    return Dataset.from_list(rows)
+
+
+def trained(trainer: Any) -> dict[str, Tensor]:
+    """Train; every block must be calibrated and moved by SGDSaI. Returns the weights that were trained."""
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    rows = {row.name: row for row in gsnr_table(trainer.optimizer, trainer.model)}
+    after = {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert rows.keys() == before.keys() == after.keys()
+    for name, p in after.items():
+        assert rows[name].calibrated, name
+        assert not torch.equal(p, before[name]), name
+    group = trainer.optimizer.param_groups[0]
+    assert (group["scaling"], group["weight_decay"]) == ("adamw", 0.1)
+    return after
+
+
+def check_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, p in ours.items():
+        assert torch.equal(p, theirs[name]), name
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
+def test_sft(peft_config: Any, make_gpt2: Callable[..., Any], tokenizer: Any, texts: Any, tmp_path: Path) -> None:
+    def trainer(settings: dict[str, Any], **kwargs: Any) -> Any:
+        args = trl.SFTConfig(str(tmp_path), max_length=32, **COMMON, **settings)
+        kwargs = {key: value(args) for key, value in kwargs.items()}
+        return trl.SFTTrainer(
+            make_gpt2(), args, train_dataset=texts, processing_class=tokenizer, peft_config=peft_config, **kwargs
+        )
+
+    torch.manual_seed(2)
+    by_name = trained(trainer({"optim": "sgd_sai"}))
+    torch.manual_seed(2)
+    check_equal(by_name, trained(trainer({}, optimizer_cls_and_kwargs=sgd_sai_from_args)))
+
+
+@pytest.mark.usefixtures("registered")
+def test_dpo(make_gpt2: Callable[..., Any], tokenizer: Any, preferences: Any, tmp_path: Path) -> None:
+    def trainer(settings: dict[str, Any], ready: bool) -> Any:
+        args, model = trl.DPOConfig(str(tmp_path), max_length=32, **COMMON, **settings), make_gpt2()
+        data = {"train_dataset": preferences, "processing_class": tokenizer}
+        optimizers = {"optimizers": create_sgd_sai(model, args, STEPS)} if ready else {}
+        return trl.DPOTrainer(model, make_gpt2(), args, **data, **optimizers)
+
+    torch.manual_seed(2)
+    by_name = trained(trainer({"optim": "sgd_sai"}, ready=False))
+    torch.manual_seed(2)
+    check_equal(by_name, trained(trainer({}, ready=True)))
+
+
+@pytest.mark.usefixtures("registered")
+def test_dpo_with_lora(make_gpt2: Callable[..., Any], tokenizer: Any, preferences: Any, tmp_path: Path) -> None:
+    args = trl.DPOConfig(str(tmp_path), optim="sgd_sai", max_length=32, **COMMON)
+    data = {"train_dataset": preferences, "processing_class": tokenizer}
+    trained(trl.DPOTrainer(make_gpt2(), args=args, peft_config=LORA, **data))
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_config_file_of_trl(tmp_path: Path) -> None:
+    (tmp_path / "sft.yaml").write_text(
+        f"output_dir: {tmp_path}\nuse_cpu: true\nbf16: false\noptim: sgd_sai\noptim_args: momentum=0.8\n"
+    )
+    (args,) = trl.TrlParser((trl.SFTConfig,)).parse_args_and_config(["--config", str(tmp_path / "sft.yaml")])
+    cls, kwargs = trl.SFTTrainer.get_optimizer_cls_and_kwargs(args)
+    assert cls is SGDSaI
+    assert (kwargs["momentum"], kwargs["lr"]) == (0.8, args.learning_rate)
