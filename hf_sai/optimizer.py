@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from hf_sai.checks import SCALINGS, block_name, check_group, check_parameters, check_state_dict
@@ -260,7 +261,8 @@ class SGDSaI(Optimizer):
             known = self._host_scales[p] = (scale, scale._version, scale.item())
         return known[2]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    # torch.compiler.disable would import the compiler together with this package; torch.optim uses this one too.
+    @_disable_dynamo
     def _calibrate(self, taking: list[Taking]) -> tuple[list[str], bool]:
         """Set the scales of the blocks that wait for one.
 
