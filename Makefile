@@ -25,7 +25,7 @@ demo: $(VENV)/.recipes  ## LoRA on E2E-style data, SGD-SaI beside AdamW; DATA=fo
 	$(BIN)/python recipes/demo.py $(if $(DATA),--data $(DATA))
 
 test: $(VENV)/.dev  ## the whole suite less the tests marked slow
-	$(PYTEST) -n 2 --dist loadgroup -m "not slow and not cuda" $(ARGS)
+	$(PYTEST) -n 2 --dist loadfile -m "not slow and not cuda" $(ARGS)
 
 test-slow: $(VENV)/.dev  ## the long tests
 	$(PYTEST) -m slow $(ARGS)
