@@ -166,7 +166,8 @@ class SGDSaI(Optimizer):
         # torch has cast every tensor to its parameter's dtype: take the saved ones instead.
         for group, saved in zip(self.param_groups, final[0]["param_groups"], strict=True):
             for p, key in zip(group["params"], saved["params"], strict=True):
-                restore(self.state[p], final[0]["state"].get(key, {}), p, group)
+                if key in final[0]["state"]:
+                    restore(self.state[p], final[0]["state"][key], p, group)
 
     def release_gradients(self, model: torch.nn.Module, *, track_norm: bool = False) -> "GradientRelease":
         """Update each parameter inside ``backward`` and free its gradient at once; ``step`` then only ends the step.
