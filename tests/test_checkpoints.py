@@ -1,0 +1,207 @@
+"""What is saved is whole, what is not whole is not resumed from; every way of saving gives back every bit."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from hf_sai import SaITrainer, SaITrainingArguments, SGDSaI
+from hf_sai.checkpoints import atomic_folder, is_whole, last_whole_checkpoint
+
+
+@pytest.fixture
+def run(tmp_path: Path, make_gpt2: Callable[..., Any], token_dataset: list[dict[str, Tensor]]) -> Path:
+    """The output folder of a Trainer with checkpoint-2 and checkpoint-4."""
+    make_trainer(tmp_path / "run", make_gpt2, token_dataset).train()
+    return tmp_path / "run"
+
+
+def make_trainer(folder: Path, make_gpt2: Callable[..., Any], rows: list[dict[str, Tensor]]) -> SaITrainer:
+    settings: dict[str, Any] = {"save_steps": 2, "max_steps": 4, "per_device_train_batch_size": 4}
+    quiet: dict[str, Any] = {"report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    return SaITrainer(make_gpt2(), SaITrainingArguments(str(folder), **settings, **quiet), train_dataset=rows)
+
+
+def cut(path: Path, size: int) -> None:
+    path.write_bytes(path.read_bytes()[:size])
+
+
+FILES = ["trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"]
+
+
+def test_a_checkpoint_with_a_cut_file_is_not_whole(run: Path) -> None:
+    newest = run / "checkpoint-4"
+    assert is_whole(newest)
+    assert last_whole_checkpoint(run) == str(newest)
+    for name in FILES:
+        content = (newest / name).read_bytes()
+        for size in (0, 5, len(content) // 2, len(content) - 2):
+            cut(newest / name, size)
+            assert last_whole_checkpoint(run) == str(run / "checkpoint-2"), (name, size)
+            (newest / name).write_bytes(content)
+    (newest / "trainer_state.json").unlink()
+    assert last_whole_checkpoint(run) == str(run / "checkpoint-2")
+
+
+def test_a_checkpoint_under_another_name_is_not_whole(run: Path) -> None:
+    """As when a checkpoint was copied by hand: resuming would take other steps than the name says."""
+    shutil.copytree(run / "checkpoint-2", run / "checkpoint-9")
+    (run / "checkpoint-x").mkdir()
+    assert last_whole_checkpoint(run) == str(run / "checkpoint-4")
+
+
+def test_every_process_must_have_saved_its_random_state(run: Path) -> None:
+    assert last_whole_checkpoint(run, world_size=2) is None
+    for rank in range(2):
+        shutil.copy(run / "checkpoint-2" / "rng_state.pth", run / "checkpoint-2" / f"rng_state_{rank}.pth")
+    assert last_whole_checkpoint(run, world_size=2) == str(run / "checkpoint-2")
+
+
+def test_no_checkpoint(tmp_path: Path) -> None:
+    assert last_whole_checkpoint(tmp_path) is None
+    assert last_whole_checkpoint(tmp_path / "missing") is None
+
+
+def test_the_trainer_resumes_from_the_last_whole_one(
+    run: Path, make_gpt2: Callable[..., Any], token_dataset: list[dict[str, Tensor]]
+) -> None:
+    whole = torch.load(run / "checkpoint-4" / "optimizer.pt", weights_only=True)
+    (run / "checkpoint-4" / "trainer_state.json").unlink()
+    trainer = make_trainer(run, make_gpt2, token_dataset)
+    steps: list[int] = []
+    trainer.create_optimizer().register_step_post_hook(lambda *_: steps.append(1))
+    trainer.train(resume_from_checkpoint=True)
+    assert len(steps) == 2
+    for index, state in trainer.optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            assert torch.equal(value, whole["state"][index][key])
+
+
+def test_the_trainer_says_when_there_is_nothing_whole(
+    run: Path, make_gpt2: Callable[..., Any], token_dataset: list[dict[str, Tensor]]
+) -> None:
+    for step in (2, 4):
+        cut(run / f"checkpoint-{step}" / "optimizer.pt", 100)
+    with pytest.raises(ValueError, match="no whole checkpoint in"):
+        make_trainer(run, make_gpt2, token_dataset).train(resume_from_checkpoint=True)
+
+
+def test_an_overwritten_checkpoint_is_not_whole_while_it_is_written(
+    run: Path, make_gpt2: Callable[..., Any], token_dataset: list[dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(run, make_gpt2, token_dataset)
+    seen = []
+    save = trainer._save_optimizer_and_scheduler
+    monkeypatch.setattr(
+        trainer, "_save_optimizer_and_scheduler", lambda folder: (seen.append(is_whole(folder)), save(folder))
+    )
+    trainer.train()
+    assert seen == [False, False]
+    assert is_whole(run / "checkpoint-4")
+
+
+def test_atomic_folder(tmp_path: Path) -> None:
+    target = tmp_path / "out" / "step-1"
+
+    def fail() -> None:
+        with atomic_folder(target) as scratch:
+            (scratch / "half").write_text("x")
+            raise RuntimeError("disk")
+
+    with pytest.raises(RuntimeError, match="disk"):
+        fail()
+    assert not target.exists()
+    with atomic_folder(target) as scratch:
+        (scratch / "all").write_text("x")
+        assert not target.exists()
+    assert [path.name for path in target.iterdir()] == ["all"]
+    assert [path.name for path in target.parent.iterdir()] == ["step-1"]
+    with pytest.raises(FileExistsError, match="a name of its own"), atomic_folder(target):
+        pass
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", ["torch", "accelerate", "dcp"])
+def test_every_way_of_saving_resumes_bitwise(way: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Saved after step 2 of 4; the third layer has had no gradient by then, the fourth is not trained."""
+
+    def start(seed: int) -> tuple[nn.Module, torch.optim.Optimizer, Accelerator]:
+        torch.manual_seed(seed)
+        model = nn.ModuleList(nn.Linear(6, 6) for _ in range(4)).to(dtype)
+        model[3].requires_grad_(False)
+        accelerator = Accelerator(cpu=True)
+        model, optimizer = accelerator.prepare(model, SGDSaI(model.parameters(), lr=1e-2, scaling="adamw"))
+        return model, optimizer, accelerator
+
+    def go(model: Any, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            x = torch.randn(5, 6, generator=torch.Generator().manual_seed(step)).to(dtype)
+            for layer in model[: 3 if step > 2 else 2]:
+                x = torch.tanh(layer(x))
+            optimizer.zero_grad()
+            x.square().mean().backward()
+            optimizer.step()
+
+    whole, whole_optimizer, _ = start(0)
+    go(whole, whole_optimizer, range(5))
+    model, optimizer, accelerator = start(0)
+    go(model, optimizer, range(2))
+    save, load = WAYS[way]
+    save(tmp_path / "saved", model, optimizer, accelerator)
+    resumed, resumed_optimizer, accelerator = start(1)
+    load(tmp_path / "saved", resumed, resumed_optimizer, accelerator)
+    go(resumed, resumed_optimizer, range(2, 5))
+    assert all(torch.equal(p, q) for p, q in zip(whole[:3].parameters(), resumed[:3].parameters(), strict=True))
+    for p, q in zip(whole.parameters(), resumed.parameters(), strict=True):
+        for key, value in getattr(whole_optimizer, "optimizer", whole_optimizer).state.get(p, {}).items():
+            assert torch.equal(value, getattr(resumed_optimizer, "optimizer", resumed_optimizer).state[q][key])
+
+
+def save_torch(path: Path, model: nn.Module, optimizer: Any, _: Accelerator) -> None:
+    torch.save([model.state_dict(), optimizer.state_dict()], path)
+
+
+def load_torch(path: Path, model: nn.Module, optimizer: Any, _: Accelerator) -> None:
+    weights, state = torch.load(path, weights_only=True)
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(state)
+
+
+def save_accelerate(path: Path, model: nn.Module, optimizer: Any, accelerator: Accelerator) -> None:
+    with atomic_folder(path) as scratch:
+        accelerator.save_state(str(scratch))
+
+
+def load_accelerate(path: Path, model: nn.Module, optimizer: Any, accelerator: Accelerator) -> None:
+    accelerator.load_state(str(path))
+
+
+def save_dcp(path: Path, model: nn.Module, optimizer: Any, _: Accelerator) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    weights, state = get_state_dict(model, optimizer.optimizer)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=path)
+
+
+def load_dcp(path: Path, model: nn.Module, optimizer: Any, _: Accelerator) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    weights, state = get_state_dict(model, optimizer.optimizer)
+    saved = {"model": weights, "optimizer": state}
+    dcp.load(saved, checkpoint_id=path)
+    set_state_dict(model, optimizer.optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
+
+
+WAYS: dict[str, tuple[Callable[..., None], Callable[..., None]]] = {
+    "torch": (save_torch, load_torch),
+    "accelerate": (save_accelerate, load_accelerate),
+    "dcp": (save_dcp, load_dcp),
+}
