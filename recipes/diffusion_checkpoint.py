@@ -1,0 +1,100 @@
+"""Checkpoints of a diffusion LoRA run: all that decides the rest of the run, and only what trains of the model.
+
+A checkpoint appears under its name in one piece: a run killed while it saves leaves a folder that is never resumed.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file, save_file
+
+from recipes.common import UserError, write_json
+from recipes.diffusion_model import trained_state
+
+_PROGRESS = "progress.json"
+_WEIGHTS = "trained.safetensors"
+
+
+def save_only_what_trains(accelerator: Any) -> None:
+    """Make `save_state` and `load_state` leave the frozen weights out (FSDP has its own format, with all)."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return
+
+    def save(models: list[Any], weights: list[Any], folder: str) -> None:
+        weights.clear()
+        if accelerator.is_main_process:
+            for model in models:
+                save_file(trained_state(accelerator.unwrap_model(model)), Path(folder) / _WEIGHTS)
+
+    def load(models: list[Any], folder: str) -> None:
+        while models:
+            model = accelerator.unwrap_model(models.pop())
+            saved = load_file(Path(folder) / _WEIGHTS)
+            trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            if {n: p.shape for n, p in trained.items()} != {n: t.shape for n, t in saved.items()}:
+                raise UserError(f"resume: {folder} is of a run with another LoRA or other concept tokens")
+            for name, p in trained.items():
+                p.data.copy_(saved[name])
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def save_checkpoint(accelerator: Any, output_dir: Path, progress: dict[str, Any], kept: int) -> Path:
+    """Save everything to `checkpoint-STEP` and delete all but the newest `kept`; called on every process.
+
+    Args:
+        accelerator: with the model, the optimizer and the schedule.
+        output_dir: holds the checkpoints.
+        progress: JSON; holds `step`, and comes back from `load_checkpoint`.
+        kept: at least 1.
+    """
+    folder = output_dir / f"checkpoint-{progress['step']:06d}"
+    temporary = output_dir / f".{folder.name}.tmp"
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(temporary))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_json(temporary / _PROGRESS, progress)
+        shutil.rmtree(folder, ignore_errors=True)  # of a run resumed from an earlier checkpoint
+        temporary.rename(folder)
+        for old in _checkpoints(output_dir)[:-kept]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    return sorted(folder for folder in output_dir.glob("checkpoint-*") if (folder / _PROGRESS).is_file())
+
+
+def find_checkpoint(wanted: str, output_dir: Path) -> Path:
+    """The folder `wanted`, or the newest checkpoint of `output_dir` for `last`."""
+    found = (_checkpoints(output_dir) or [None])[-1] if wanted == "last" else Path(wanted)
+    if found is None or not (found / _PROGRESS).is_file():
+        raise UserError(f"resume: no checkpoint at {wanted!r} (output_dir {output_dir})")
+    return found
+
+
+def load_checkpoint(accelerator: Any, folder: Path, samples_per_step: int) -> dict[str, Any]:
+    """Put everything back; returns the `progress` that was saved.
+
+    Args:
+        accelerator: as when it was saved.
+        folder: a checkpoint.
+        samples_per_step: over all processes; with another number the data would go on at another place.
+    """
+    progress = json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))
+    if progress["samples_per_step"] != samples_per_step:
+        raise UserError(
+            f"resume: {folder} was saved at {progress['samples_per_step']} samples a step, this run has "
+            f"{samples_per_step}; keep processes x train_batch_size x gradient_accumulation_steps"
+        )
+    accelerator.load_state(str(folder))
+    return progress
