@@ -20,7 +20,8 @@ def rounding_key(counter: Tensor, seed: int) -> Tensor:
         counter: how often the block has been updated, a 0-dim integer tensor.
         seed: the block's own number.
     """
-    return _hash(_hash(torch.full_like(counter, _signed(seed), dtype=torch.int32)) + counter.to(torch.int32))
+    # One is added because the hash of zero is zero.
+    return _hash(_hash(torch.full_like(counter, _signed(seed + 1), dtype=torch.int32)) + counter.to(torch.int32))
 
 
 def random_bits(key: Tensor, start: int, numel: int) -> Tensor:

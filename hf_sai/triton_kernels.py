@@ -173,7 +173,7 @@ def update_kernel(
     scale = tl.load(tl.load(row_ptr + 4).to(tl.pointer_type(tl.float32)))
     if INT8 or STOCHASTIC:
         counter = tl.load(tl.load(row_ptr + 5).to(tl.pointer_type(tl.int64))).to(tl.uint32)
-        key = _hash(_hash(tl.load(row_ptr + 7).to(tl.uint32)) + counter)
+        key = _hash(_hash(tl.load(row_ptr + 7).to(tl.uint32) + 1) + counter)
     if LR_TENSOR:
         lr = tl.load(lr_ptr).to(tl.float32)
         decay = 1 - lr * weight_decay

@@ -1,0 +1,200 @@
+"""The paths of the update agree with each other and with the formula in float64."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_sai import SGDSaI
+from hf_sai.kernels import _CPU_PIECE, Block, update_blocks, update_foreach, update_single_tensor
+from kernel_cases import DTYPES, HYPER, MOMENTUM_DTYPES, assert_same, copied, make_blocks
+
+COMBINATIONS = list(itertools.product(DTYPES, (torch.float32, torch.bfloat16), MOMENTUM_DTYPES))
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize(("p_dtype", "g_dtype", "m_dtype"), COMBINATIONS)
+def test_per_tensor_path_is_the_formula(
+    p_dtype: torch.dtype, g_dtype: torch.dtype, m_dtype: torch.dtype | None, maximize: bool
+) -> None:
+    hyper = {**HYPER, "maximize": maximize, "stochastic_rounding": False}
+    if m_dtype is None:
+        hyper["momentum"] = 0.0
+    blocks = make_blocks((1, 129, 4097), p_dtype, g_dtype, m_dtype)
+    expected = [_formula(b, **hyper) for b in blocks]
+    before = copied(blocks)
+    update_single_tensor(blocks, **hyper)
+    for b, (p, m), old in zip(blocks, expected, before, strict=True):
+        # Half a unit of the stored dtype, and four roundings to float32 of numbers no larger than the terms.
+        size = old.param.double().abs() + 0.01 * old.host_scale * 8
+        assert ((b.param.double() - p).abs() <= torch.finfo(p_dtype).eps / 2 * p.abs() + 2**-22 * size).all()
+        if m_dtype == torch.int8:
+            held = b.momentum_buffer.double() * b.momentum_scale.repeat_interleave(128)[: p.numel()]
+            level = b.momentum_scale.repeat_interleave(128)[: p.numel()].double()
+            assert ((held - m).abs() <= level * (1 + 1e-5)).all()
+        elif m_dtype is not None:
+            assert ((b.momentum_buffer.double() - m).abs() <= torch.finfo(m_dtype).eps / 2 * m.abs() + 2**-20).all()
+
+
+def _formula(b: Block, lr: float, momentum: float, weight_decay: float, maximize: bool, **_: Any) -> Any:
+    g = b.grad.double() * (-1 if maximize else 1)
+    m = g
+    if b.momentum_buffer is not None:
+        held = b.momentum_buffer.double()
+        if b.momentum_scale is not None:
+            held = held * b.momentum_scale.double().repeat_interleave(128)[: g.numel()]
+        m = momentum * held + (1 - momentum) * g
+    return (1 - lr * weight_decay) * b.param.double() - lr * float(b.host_scale) * m, m
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize(("p_dtype", "g_dtype", "m_dtype"), COMBINATIONS)
+def test_foreach_equals_per_tensor(
+    p_dtype: torch.dtype, g_dtype: torch.dtype, m_dtype: torch.dtype | None, stochastic: bool
+) -> None:
+    hyper = {**HYPER, "stochastic_rounding": stochastic}
+    if m_dtype is None:
+        hyper["momentum"] = 0.0
+    before = make_blocks((1, 2, 129, 4097), p_dtype, g_dtype, m_dtype, stochastic)
+    one, other = copied(before), copied(before)
+    update_single_tensor(one, **hyper)
+    update_foreach(other, **hyper)
+    assert_same(other, one, before)
+
+
+def test_a_large_block_on_the_cpu_is_updated_piece_by_piece() -> None:
+    before = make_blocks((2 * _CPU_PIECE + 3,))
+    (whole,) = copied(before)
+    update_single_tensor(before, **HYPER, stochastic_rounding=False)
+    whole.momentum_buffer.lerp_(whole.grad, 0.1)
+    expected = whole.param * (1 - 0.01 * 0.1) - 0.01 * whole.host_scale * whole.momentum_buffer
+    torch.testing.assert_close(before[0].momentum_buffer, whole.momentum_buffer, rtol=0, atol=0)
+    torch.testing.assert_close(before[0].param, expected, rtol=2e-7, atol=2e-7)
+
+
+@pytest.mark.parametrize("momentum_dtype", [None, "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["channels_last", "transposed", "holes", "gradient differs"])
+def test_memory_formats(layout: str, dtype: torch.dtype, momentum_dtype: str | None) -> None:
+    """A parameter in any memory format goes where its contiguous twin goes."""
+    values = torch.randn(6, 8, 3, 3)
+    plain = torch.nn.Parameter(values.to(dtype))
+    odd = torch.nn.Parameter(_laid_out(values.to(dtype), layout))
+    optimizers = [SGDSaI([p], lr=0.01, momentum_dtype=momentum_dtype) for p in (plain, odd)]
+    for _ in range(4):
+        gradient = torch.randn_like(values).to(dtype)
+        plain.grad = gradient
+        odd.grad = gradient.clone(memory_format=torch.preserve_format)
+        if layout != "gradient differs":
+            odd.grad = _laid_out(gradient, layout)
+        for optimizer in optimizers:
+            optimizer.step()
+    if momentum_dtype == "int8":
+        # int8 has the same random bits for an element wherever it lies: its codes are in row-major order.
+        assert odd.stride() != plain.stride()
+        state = optimizers[1].state[odd]
+        torch.testing.assert_close(state["momentum_buffer"], optimizers[0].state[plain]["momentum_buffer"])
+    torch.testing.assert_close(odd, plain, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def _laid_out(values: Tensor, layout: str) -> Tensor:
+    if layout == "transposed":
+        return values.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "holes":
+        wide = torch.zeros(*values.shape[:-1], values.shape[-1] * 2, dtype=values.dtype)
+        return wide[..., ::2].copy_(values)
+    return values.contiguous(memory_format=torch.channels_last)
+
+
+# ------------------------------------------------------------------------------- GradScaler and clipping
+
+
+def _pair(**options: Any) -> tuple[list[Tensor], SGDSaI]:
+    torch.manual_seed(3)
+    params = [torch.nn.Parameter(torch.randn(n)) for n in (5, 129)]
+    return params, SGDSaI(params, lr=0.05, **options)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_gradscaler_is_undone_inside_the_update(foreach: bool) -> None:
+    (params, optimizer), (plain, reference) = _pair(foreach=foreach), _pair()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+    for step in range(6):
+        gradients = [torch.randn_like(p) for p in plain]
+        loss = sum((p * g).sum() for p, g in zip(params, gradients, strict=True))
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        if step == 3:  # an overflow: nothing may change
+            params[0].grad[2] = float("inf")
+            before = [p.clone() for p in params]
+        scaler.step(optimizer)
+        scaler.update()
+        if step == 3:
+            assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+            continue
+        for p, g in zip(plain, gradients, strict=True):
+            p.grad = g
+        reference.step()
+    for p, q in zip(params, plain, strict=True):
+        torch.testing.assert_close(p, q)
+    assert not hasattr(optimizer, "found_inf")
+
+
+def test_calibration_waits_while_gradscaler_overflows() -> None:
+    (params, optimizer), (plain, reference) = _pair(scaling="adamw"), _pair(scaling="adamw")
+    gradients = [torch.randn_like(p) for p in plain]
+    for scale, found_inf in ((2.0**16, 1.0), (2.0**8, 0.0)):
+        for p, g in zip(params, gradients, strict=True):
+            p.grad = g * scale
+        params[1].grad[7] = float("nan") if found_inf else gradients[1][7] * scale
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(found_inf)
+        optimizer.step()
+        if found_inf:
+            assert not any(optimizer.state[p]["scale"] for p in params)
+    for p, g in zip(plain, gradients, strict=True):
+        p.grad = g
+    reference.step()
+    for p, q in zip(params, plain, strict=True):
+        assert optimizer.state[p]["gsnr"] == reference.state[q]["gsnr"]
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_grad_scale_clips_without_a_pass(foreach: bool) -> None:
+    (params, optimizer), (plain, reference) = _pair(foreach=foreach), _pair()
+    for _ in range(5):
+        gradients = [3 * torch.randn_like(p) for p in plain]
+        for p, q, g in zip(params, plain, gradients, strict=True):
+            p.grad, q.grad = g.clone(), g.clone()
+        norm = torch.nn.utils.clip_grad_norm_(plain, 1.0)
+        reference.step()
+        optimizer.grad_scale = (norm / 1.0).clamp(min=1)
+        optimizer.step()
+    for p, q in zip(params, plain, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------ choosing a path
+
+
+def test_fused_on_the_cpu_says_why_not() -> None:
+    p = torch.nn.Parameter(torch.randn(3))
+    with pytest.raises(ValueError, match=r"fused=True is impossible for .*it is on the CPU.*leave it None"):
+        SGDSaI([p], fused=True)
+    optimizer = SGDSaI([p])
+    with pytest.raises(ValueError, match="fused=True is impossible"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.randn(2))], "fused": True})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_the_cpu_is_updated_per_tensor_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("foreach")
+
+    monkeypatch.setattr("hf_sai.kernels.update_foreach", refuse)
+    blocks = make_blocks((4,))
+    update_blocks(blocks, None, None, **HYPER, stochastic_rounding=False)
+    with pytest.raises(AssertionError, match="foreach"):
+        update_blocks(blocks, True, None, **HYPER, stochastic_rounding=False)
