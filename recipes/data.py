@@ -133,9 +133,8 @@ def attributes(mr: str) -> list[tuple[str, str]]:
     while end < len(mr):
         match = _ATTRIBUTE.match(mr, end)
         if not match:
-            raise UserError(
-                f"meaning representation {mr!r}: expected `attribute[value], ...` at {mr[end : end + 20]!r}"
-            )
+            where = f"meaning representation {mr!r}, at {mr[end : end + 20]!r}"
+            raise UserError(f"{where}: must be `attribute[value], attribute[value], ...`")
         found.append((match[1].strip(), match[2].strip()))
         end = match.end()
     return found
@@ -146,13 +145,11 @@ def prompt(mr: str) -> str:
     return " | ".join(f"{_PROMPT_NAMES.get(name, name)} : {value}" for name, value in attributes(mr))
 
 
-def prompt_ids(tokenizer: Any, mr: str) -> list[int]:
-    """The prompt's tokens and the separator, which is GPT-2's end-of-text token."""
-    return [*tokenizer(prompt(mr), add_special_tokens=False)["input_ids"], _separator(tokenizer)]
-
-
-def _separator(tokenizer: Any) -> int:
-    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+def prompt_ids(tokenizer: Any, mrs: Sequence[str]) -> list[list[int]]:
+    """Each prompt's tokens and the separator: the tokenizer's beginning-of-text token, which is also GPT-2's end."""
+    separator = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    tokens = tokenizer([prompt(mr) for mr in mrs], add_special_tokens=False)["input_ids"]
+    return [[*ids, separator] for ids in tokens]
 
 
 class E2ETokens:
@@ -165,18 +162,17 @@ class E2ETokens:
     """
 
     def __init__(self, rows: Sequence[Row], tokenizer: Any, max_length: int):
+        distinct = list(dict.fromkeys(row.mr for row in rows))
+        prompts = dict(zip(distinct, prompt_ids(tokenizer, distinct), strict=True))
+        texts = [" " + clean(row.reference) for row in rows]
         self.examples = []
-        cache: dict[str, list[int]] = {}
-        for row in rows:
-            if row.mr not in cache:
-                cache[row.mr] = prompt_ids(tokenizer, row.mr)
-            given = cache[row.mr]
-            target = tokenizer(" " + clean(row.reference), add_special_tokens=False)["input_ids"]
-            ids = (given + target + [tokenizer.eos_token_id])[:max_length]
-            # -100: the label transformers' losses leave out
-            labels = ([-100] * len(given) + target + [tokenizer.eos_token_id])[:max_length]
-            if len(ids) <= len(given):
+        for row, text in zip(rows, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True):
+            given, target = prompts[row.mr], [*text, tokenizer.eos_token_id]
+            if len(given) >= max_length:
                 raise UserError(f"max_length: {max_length} tokens leave no room for the text after {row.mr!r}")
+            ids = (given + target)[:max_length]
+            # -100: the label transformers' losses leave out
+            labels = ([-100] * len(given) + target)[:max_length]
             self.examples.append({"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)})
 
     def __len__(self) -> int:

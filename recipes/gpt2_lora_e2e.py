@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import evaluate
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -32,9 +33,11 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import get_last_checkpoint
 
+from hf_sai.metrics import E2E_NLG
 from recipes.common import (
     StepTimer,
     UserError,
+    did_you_mean,
     optimizer_state_bytes,
     parse_config,
     run_main,
@@ -113,7 +116,8 @@ def load_model(name: str) -> tuple[Any, Any]:
         raise UserError(f"model: the tokenizer of {name!r} has no end-of-text token (eos_token), which ends an output")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id
+    for settings in (model.config, model.generation_config):
+        settings.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
 
 
@@ -148,7 +152,7 @@ def generate(model: Any, tokenizer: Any, groups: list[Group], config: E2EArgumen
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    prompts = [prompt_ids(tokenizer, one.mr) for one in groups]
+    prompts = prompt_ids(tokenizer, [one.mr for one in groups])
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # a batch holds like lengths: less padding
     mine = by_length[state.process_index :: state.num_processes]
     outputs: list[tuple[int, str]] = []
@@ -172,12 +176,22 @@ def generate(model: Any, tokenizer: Any, groups: list[Group], config: E2EArgumen
     return [text for _, text in sorted(gather_object(outputs))]
 
 
+def check_scoring(metrics: list[str]) -> None:
+    """Fail before the training rather than after it: unknown scores, missing packages, no Java."""
+    from hf_sai.metrics.e2e_nlg.scoring import METRICS, find_java
+
+    for name in metrics:
+        if name not in METRICS:
+            raise UserError(f"metrics must be of {', '.join(METRICS)}, got {name!r}{did_you_mean(name, METRICS)}")
+    if set(metrics) - {"bleu", "nist"}:
+        try:
+            find_java()
+        except FileNotFoundError as error:
+            raise UserError(f"metrics: {error}") from error
+
+
 def score(outputs: list[str], groups: list[Group], metrics: list[str]) -> dict[str, float]:
     """The E2E scores of one output an MR against all of its references."""
-    import evaluate
-
-    from hf_sai.metrics import E2E_NLG
-
     metric = evaluate.load(E2E_NLG)
     found = metric.compute(predictions=outputs, references=[one.references for one in groups], metrics=metrics)
     return {name: round(float(value), 6) for name, value in found.items()}
@@ -235,9 +249,8 @@ def model_card(record: dict[str, Any], config: E2EArguments) -> ModelCard:
 
 def save_plots(trainer: Trainer, folder: Path) -> dict[str, Path]:
     """Loss curves, and for SGD-SaI the g-SNR of each block."""
-    from hf_sai.plots import plot_gsnr, plot_losses
-
     from hf_sai import SGDSaI, gsnr_table
+    from hf_sai.plots import plot_gsnr, plot_losses
 
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     label = getattr(trainer.args.optim, "value", trainer.args.optim)
@@ -256,6 +269,7 @@ def run(config: E2EArguments, args: RecipeArguments) -> dict[str, Any]:
     state = PartialState()
     folder = Path(args.output_dir)
     checkpoint = resume_point(args)
+    check_scoring(config.metrics)
     set_seed(args.seed)
 
     with state.main_process_first():

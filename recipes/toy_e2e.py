@@ -1,54 +1,53 @@
 """A small English of our own: tables of attributes, sentences that say them, and plain prose around the same words.
 
 `write_sample` makes an E2E-style set of restaurants in the official CSV schema (several references a meaning
-representation, no meaning representation in two splits). `general_text` makes documents about other things - hotels,
-books, ships, schools, people, days - to pretrain on, so that a base knows words and tables but not this task.
+representation, no meaning representation in two splits). `general_rows` makes texts about other things - hotels, books,
+ships, schools, people, days - to pretrain on, so that a base knows words and tables but not this task.
 """
 
 import csv
 import io
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from recipes.common import write_text
+from recipes.data import Row
 
-_FIRST = (
-    "Copper",
-    "Silver",
-    "Golden",
-    "Quiet",
-    "Green",
-    "Crooked",
-    "Little",
-    "Hidden",
-    "Blue",
-    "Merry",
-    "Amber",
-    "Northern",
-    "Iron",
-    "Velvet",
-    "Painted",
-    "Lucky",
+_NAMES = (
+    "The Copper Kettle",
+    "The Silver Lantern",
+    "The Golden Anchor",
+    "The Quiet Orchard",
+    "The Green Badger",
+    "The Crooked Harp",
+    "The Little Bridge",
+    "The Hidden Acorn",
+    "The Blue Heron",
+    "The Merry Wagon",
+    "The Amber Compass",
+    "The Northern Fiddle",
+    "The Iron Willow",
+    "The Velvet Tower",
+    "The Painted Spoon",
+    "The Lucky Owl",
+    "The Old Bakery",
+    "The Red Apron",
+    "The White Gate",
+    "The Black Pepper",
 )
-_SECOND = (
-    "Kettle",
-    "Lantern",
-    "Anchor",
-    "Orchard",
-    "Badger",
-    "Harp",
-    "Bridge",
-    "Acorn",
-    "Heron",
-    "Wagon",
-    "Compass",
-    "Fiddle",
-    "Willow",
-    "Tower",
-    "Spoon",
-    "Owl",
+_LANDMARKS = (
+    "Central Station",
+    "Market Hall",
+    "Castle Hill",
+    "Victoria Park",
+    "City Library",
+    "Ferry Pier",
+    "Opera House",
+    "Saint Martin",
+    "Bell Museum",
+    "Rose Garden",
 )
 _PEOPLE = (
     "Anna",
@@ -122,7 +121,7 @@ def _yes_no(key: str, yes: str, no: str, after_yes: str, after_no: str) -> Attri
     )
 
 
-_NEAR = Attribute("near", (), after=("near {}", "close to {}"), statement=("stands near {}", "is next to {}"))
+_NEAR = Attribute("near", _LANDMARKS, after=("near {}", "close to {}"), statement=("stands near {}", "is next to {}"))
 _AREA = Attribute("area", _AREAS, after=("in the {}", "in the {} area"), statement=("is in the {}",))
 
 _RATINGS = ("low", "average", "high")
@@ -204,30 +203,30 @@ _OTHER_THINGS: dict[str, tuple[Attribute, ...]] = {
 
 _PROSE = (
     "On {day} {person} walked from the {area} to the {area2} and bought bread, tea and a newspaper.",
-    "{person} and {person2} had dinner near {name}. The food was good but the prices were high.",
+    "{person} and {person2} had dinner near {landmark}. The food was good but the prices were high.",
     "It rained in {town} on {day}, so the children stayed at home with {person}.",
     "The road from {town} to {town2} is long. {person} takes the train, which is cheap and fast.",
     "{person} asked {person2}: where is {name}? It is in the {area}, said {person2}.",
     "In {town} there is a pub called {name}. {person} has worked there since {day}.",
-    "Customers like {name}, and {person} likes the coffee shop near the {area}.",
+    "Customers like {name}, and {person} likes the coffee shop near {landmark}.",
     "{person} writes about Greek, Thai and Japanese food. The family of {person2} comes from {town}.",
-    "My friends are welcome at {name} on {day}. Families with children come on {day2}.",
+    "My friends are welcome at {name}, close to {landmark}, on {day}. Families with children come on {day2}.",
     "The rating of {name} was average last year; now it is high, says {person}.",
 )
-
-
-def _name(rng: random.Random) -> str:
-    return f"The {rng.choice(_FIRST)} {rng.choice(_SECOND)}"
 
 
 def _fill(attributes: Sequence[Attribute], rng: random.Random, least: int, most: int) -> dict[str, str]:
     """A random table: a name, then `least` to `most` of the attributes in their order."""
     chosen = set(rng.sample(range(len(attributes)), rng.randint(least, min(most, len(attributes)))))
-    table = {"name": _name(rng)}
+    table = {"name": rng.choice(_NAMES)}
     for place, attribute in enumerate(attributes):
         if place in chosen:
-            table[attribute.key] = rng.choice(attribute.values) if attribute.values else _name(rng)
+            table[attribute.key] = rng.choice(attribute.values)
     return table
+
+
+def _as_mr(table: Mapping[str, str]) -> str:
+    return ", ".join(f"{key}[{value}]" for key, value in table.items())
 
 
 def _article(phrase: str) -> str:
@@ -251,9 +250,10 @@ def describe(table: Mapping[str, str], attributes: Sequence[Attribute], noun: st
         {"before": before, "after": after, "statement": statements}[place].append(phrase)
     thing = _article(" ".join([*before, table.get("eatType", noun)]))
     detail = "".join(f" {phrase}" for phrase in after)
-    opening = rng.choice(
-        ("{name} is {thing}{detail}.", "There is {thing} called {name}{detail}.", "{name}: {thing}{detail}.")
-    )
+    openings = ["{name} is {thing}{detail}.", "There is {thing} called {name}{detail}."]
+    if detail:
+        openings.append("{name}: {thing}{detail}.")
+    opening = rng.choice(openings)
     sentences = [opening.format(name=name, thing=thing, detail=detail)]
     for start, subject in zip(range(0, len(statements), 2), ("It", "It also", "And it"), strict=False):
         sentences.append(f"{subject} {' and '.join(statements[start : start + 2])}.")
@@ -268,7 +268,7 @@ def write_sample(
     tables: dict[str, dict[str, str]] = {}
     while len(tables) < train_mrs + dev_mrs + test_mrs:
         table = _fill(RESTAURANT, rng, 3, 6)
-        tables.setdefault(", ".join(f"{key}[{value}]" for key, value in table.items()), table)
+        tables.setdefault(_as_mr(table), table)
     mrs = iter(tables)
     for split, count in (("train", train_mrs), ("dev", dev_mrs), ("test", test_mrs)):
         text = io.StringIO()
@@ -281,22 +281,24 @@ def write_sample(
     return folder
 
 
-def general_text(seed: int = 1) -> Iterator[str]:
-    """Documents without end: half of them a table of some other thing and its description, half prose."""
+def general_rows(count: int, seed: int = 1) -> list[Row]:
+    """Texts to pretrain on: half of them a table of some other thing with its description, half prose with no table."""
     rng = random.Random(seed)
-    while True:
+    rows = []
+    for _ in range(count):
         if rng.random() < 0.5:
             noun = rng.choice(list(_OTHER_THINGS))
             attributes = _OTHER_THINGS[noun]
             table = _fill(attributes, rng, 2, 4)
-            written = " | ".join(f"{key} : {value}" for key, value in table.items())
-            yield f"{written}\n{describe(table, attributes, noun, rng)}"
+            rows.append(Row(_as_mr(table), describe(table, attributes, noun, rng)))
         else:
             words = {
+                "name": rng.choice(_NAMES),
+                "landmark": rng.choice(_LANDMARKS),
                 **dict(zip(("person", "person2"), rng.sample(_PEOPLE, 2), strict=True)),
                 **dict(zip(("area", "area2"), rng.sample(_AREAS, 2), strict=True)),
                 **dict(zip(("town", "town2"), rng.sample(_TOWNS, 2), strict=True)),
                 **dict(zip(("day", "day2"), rng.sample(_DAYS, 2), strict=True)),
             }
-            templates = rng.sample(_PROSE, rng.randint(2, 5))
-            yield " ".join(template.format(name=_name(rng), **words) for template in templates)
+            rows.append(Row("", " ".join(template.format(**words) for template in rng.sample(_PROSE, 2))))
+    return rows
