@@ -31,6 +31,9 @@ class UserError(ValueError):
 
 def run_main(main: Callable[[], Any]) -> None:
     """Call a recipe's main function; a `UserError` becomes one line on stderr and exit status 2."""
+    if "LOCAL_RANK" in os.environ and not torch.accelerator.is_available():
+        # accelerate's launcher of several processes does not pass `use_cpu: true` on: each would train alone
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     try:
         main()
     except UserError as error:
