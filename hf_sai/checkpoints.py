@@ -64,9 +64,12 @@ def _is_uncut(path: Path) -> bool:
             header_size = int.from_bytes(file.read(8), "little")
             if size < 8 + header_size:
                 return False
-            header = json.loads(file.read(header_size))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        return size == 8 + header_size + max(ends, default=0)
+            header = file.read(header_size)
+        try:
+            ends = [entry["data_offsets"][1] for name, entry in json.loads(header).items() if name != "__metadata__"]
+            return bool(size == 8 + header_size + max(ends, default=0))
+        except (ValueError, AttributeError, KeyError, IndexError, TypeError):  # as after a power cut: all zeros
+            return False
     return True
 
 

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_sai.gsnr import to_local
 from hf_sai.momentum import scale_count
 
 SCALINGS = ("raw", "max", "adamw")
+STATE = ("momentum_buffer", "momentum_scale", "gsnr", "scale", "rounding_step")
 MOMENTUM_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
@@ -46,7 +48,10 @@ def check_group(group: Mapping[str, Any]) -> None:
 
 def _check_number(name: str, value: Any, *, low: float, below: float = math.inf) -> None:
     rule = f"in [{low:g}, {below:g})" if below < math.inf else f"a finite number >= {low:g}"
-    if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
+    is_number = isinstance(value, (int, float)) or (
+        isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
+    )
+    if isinstance(value, bool) or not is_number:
         raise ValueError(f"{name} must be {rule}, got {value!r}")
     if not low <= float(value) < below:
         raise ValueError(f"{name} must be {rule}, got {float(value)!r}")
@@ -75,12 +80,17 @@ def block_name(group: Mapping[str, Any], index: int) -> str:
 
 
 def check_state_dict(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> None:
-    """Raise ValueError for a state dict whose entries do not fit the parameters; torch checks the groups' sizes."""
-    saved_groups, saved_state = state_dict["param_groups"], state_dict["state"]
-    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in saved_groups]:
-        return
+    """Raise ValueError for a state dict that is none, or whose groups or entries do not fit the parameters."""
+    saved_groups, saved_state = _check_structure(state_dict)
+    sizes, saved_sizes = [len(g["params"]) for g in groups], [len(g["params"]) for g in saved_groups]
+    if sizes != saved_sizes:
+        raise ValueError(
+            f"the param groups of the state dict have {saved_sizes} parameters, those of the optimizer {sizes}: "
+            "it belongs to another model, or to other groups"
+        )
     for group, saved_group in zip(groups, saved_groups, strict=True):
         check_group({**group, **{k: v for k, v in saved_group.items() if k != "params"}})
+        _check_names(group, saved_group)
         for i, (p, key) in enumerate(zip(group["params"], saved_group["params"], strict=True)):
             if key in saved_state:
                 merged = {**group, **saved_group}
@@ -88,13 +98,59 @@ def check_state_dict(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]
                 _check_entry(saved_state[key], p, block_name(group, i), bool(merged["momentum"]), has_int8)
 
 
-def _check_entry(entry: Mapping[str, Any], p: Tensor, name: str, has_momentum: bool, has_int8: bool) -> None:
+def _check_structure(state_dict: Mapping[str, Any]) -> tuple[list[Any], Mapping[Any, Any]]:
+    groups, state = (state_dict.get(key) for key in ("param_groups", "state"))
+    if not isinstance(groups, list) or not isinstance(state, Mapping):
+        raise ValueError(
+            "a state dict of SGDSaI has a dict 'state' and a list 'param_groups', "
+            f"got the keys {', '.join(map(repr, state_dict)) or 'none'}"
+        )
+    for number, group in enumerate(groups):
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), list):
+            raise ValueError(f"param group {number} of the state dict has no list 'params': {group!r:.80}")
+    strangers = state.keys() - {key for group in groups for key in group["params"]}
+    if strangers:
+        raise ValueError(
+            f"the state dict has state for parameter {min(strangers, key=str)!r}, which none of its param groups lists: "
+            "it is damaged, or put together from two"
+        )
+    return groups, state
+
+
+def _check_names(group: Mapping[str, Any], saved_group: Mapping[str, Any]) -> None:
+    """Names may differ, as they do under a wrapper; the same names in another order would mix up the blocks."""
+    names, saved_names = group.get("param_names"), saved_group.get("param_names")
+    if names is None or saved_names is None:
+        return
+    if not isinstance(saved_names, list) or len(saved_names) != len(names):
+        raise ValueError(f"param_names of the state dict must be a list of {len(names)} names, got {saved_names!r:.80}")
+    differing = [(name, saved) for name, saved in zip(names, saved_names, strict=True) if name != saved]
+    if differing and set(names) == set(map(str, saved_names)):
+        raise ValueError(
+            f"the state dict has {differing[0][1]!r} where the optimizer has {differing[0][0]!r}: "
+            "build the optimizer with the parameters in the order in which they were saved"
+        )
+
+
+def _check_entry(entry: Any, p: Tensor, name: str, has_momentum: bool, has_int8: bool) -> None:
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"the state of {name} must be a dict, the state dict has {entry!r:.80}")
     for key in ("gsnr", "scale"):
         value = entry.get(key)
-        if not isinstance(value, Tensor) or value.numel() != 1:
+        if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
             raise ValueError(f"the state of {name} has no number {key!r}: this is not a state dict of SGDSaI")
         if not (math.isfinite(value.item()) and value.item() >= 0):
             raise ValueError(f"{key} of {name} must be finite and >= 0, the state dict has {value.item()}")
+    for key, value in entry.items():
+        if key not in STATE:
+            raise ValueError(f"the state of {name} has an entry {key!r}; that of SGDSaI has only {', '.join(STATE)}")
+        if not isinstance(value, Tensor) or value.is_complex():
+            raise ValueError(f"{key} of {name} must be a real tensor, the state dict has {value!r:.80}")
+        if value.is_floating_point() and not value.is_meta and not to_local(value).isfinite().all():
+            raise ValueError(
+                f"{key} of {name} has NaN or infinite elements in the state dict: the run that saved it had diverged; "
+                "load an earlier checkpoint"
+            )
     buffer = entry.get("momentum_buffer")
     if has_momentum and buffer is None:
         raise ValueError(f"the state of {name} has no momentum_buffer although momentum is not 0")

@@ -3,7 +3,7 @@
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -155,11 +155,17 @@ class SGDSaI(Optimizer):
         Raises:
             ValueError: for entries that do not fit the parameters; the optimizer is then as it was.
         """
+        if not isinstance(state_dict, Mapping):
+            raise ValueError(f"a state dict of SGDSaI is a dict, got {state_dict!r:.80}")
         final: list[dict[str, Any]] = []
+
+        def check(_: Optimizer, given: dict[str, Any]) -> None:
+            check_state_dict(self.param_groups, given)
+            final.append(given)
+
         # Registered last, so that it sees what the user's own hooks made of the state dict.
-        hook = self.register_load_state_dict_pre_hook(lambda _, given: final.append(given))
+        hook = self.register_load_state_dict_pre_hook(check)
         try:
-            check_state_dict(self.param_groups, state_dict)
             super().load_state_dict(state_dict)
         finally:
             hook.remove()

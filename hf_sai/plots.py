@@ -37,14 +37,14 @@ def plot_losses(
         for key, style in (("loss", {"linewidth": 0.8, "alpha": 0.6}), ("eval_loss", {"marker": "o", "markersize": 3})):
             points = [(log["step"], log[key]) for log in history if key in log and _is_finite(log[key])]
             if points:
-                label = f"{name}, {'training' if key == 'loss' else 'validation'}"
+                label = f"{_plain(name)}, {'training' if key == 'loss' else 'validation'}"
                 axes.plot(*zip(*points, strict=True), color=f"C{number}", label=label, **style)
                 drawn = True
     if not drawn:
         raise ValueError(f"no run has a finite loss to draw; runs: {', '.join(histories) or 'none'}")
     axes.set_xlabel("step")
     axes.set_ylabel("nats per token")
-    axes.set_title(title)
+    axes.set_title(_plain(title))
     axes.grid(alpha=0.3)
     axes.legend()
     return _save(figure, path)
@@ -79,12 +79,17 @@ def plot_gsnr(rows: "Sequence[GSNRRow]", path: str | Path) -> Path:
     axes.set_ylabel("g-SNR of the first gradient")
     axes.set_title(f"{len(calibrated)} of {len(rows)} blocks calibrated")
     if named:
-        axes.set_xticks(places, [row.name for row in calibrated], rotation=90, fontsize=6)
+        axes.set_xticks(places, [_plain(row.name) for row in calibrated], rotation=90, fontsize=6)
     else:
         axes.set_xlabel("block, in the model's order")
     axes.grid(alpha=0.3)
     axes.legend()
     return _save(figure, path)
+
+
+def _plain(text: str) -> str:
+    """A label shown as it is: no mathematics between dollars, none left out for a leading underscore."""
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def _is_finite(value: Any) -> bool:
