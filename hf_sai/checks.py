@@ -111,8 +111,8 @@ def _check_structure(state_dict: Mapping[str, Any]) -> tuple[list[Any], Mapping[
     strangers = state.keys() - {key for group in groups for key in group["params"]}
     if strangers:
         raise ValueError(
-            f"the state dict has state for parameter {min(strangers, key=str)!r}, which none of its param groups lists: "
-            "it is damaged, or put together from two"
+            f"the state dict has state for parameter {min(strangers, key=str)!r}, which none of its param groups "
+            "lists: it is damaged, or put together from two"
         )
     return groups, state
 
@@ -151,7 +151,7 @@ def _check_entry(entry: Any, p: Tensor, name: str, has_momentum: bool, has_int8:
                 f"{key} of {name} has NaN or infinite elements in the state dict: the run that saved it had diverged; "
                 "load an earlier checkpoint"
             )
-    buffer = entry.get("momentum_buffer")
+    buffer: Any = entry.get("momentum_buffer")
     if has_momentum and buffer is None:
         raise ValueError(f"the state of {name} has no momentum_buffer although momentum is not 0")
     if buffer is not None and buffer.shape != p.shape:
