@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import sys
 import tempfile
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 import yaml
@@ -56,12 +57,16 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The `key: value` lines of a YAML file; no tag of it can run code."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"config file {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"config file {path} must be UTF-8: {error}") from error
+    # ValueError: a date such as 2020-13-45; RecursionError: thousands of brackets
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"config file {path} is not valid YAML: {error}") from error
     if content is None:
         return {}
@@ -85,29 +90,50 @@ def parse_config(
     """
     parser = _Parser(types, description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.yaml", help="settings to start from; options override them")
+    hints = {key: hint for kind in parser.dataclass_types for key, hint in get_type_hints(kind).items()}
     known = {action.dest for action in parser._actions} - {"help", "config"}
     argv = list(sys.argv[1:] if argv is None else argv)
 
     config, _ = _config_option(argv)
     from_file: list[str] = []
-    for key, value in (_read_yaml(config) if config else {}).items():
+    for key, value in (read_yaml(config) if config else {}).items():
         if key not in known:
             raise UserError(f"config file {config}: unknown key {key!r}{did_you_mean(str(key), known)}")
-        if value is None:
+        if value is not None:
+            from_file += _as_options(key, value, f"config file {config}: {key}")
+        elif type(None) in get_args(hints[key]):
             parser.set_defaults(**{key: None})
-        elif isinstance(value, list):
-            from_file += [f"--{key}", *map(str, value)]
         else:
-            from_file.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
+            raise UserError(f"config file {config}: {key} must have a value; leave the line out for the default")
 
-    *filled, _namespace, unknown = parser.parse_args_into_dataclasses(
-        from_file + argv, return_remaining_strings=True, look_for_args_file=False
-    )
+    try:
+        *filled, _namespace, unknown = parser.parse_args_into_dataclasses(
+            from_file + argv, return_remaining_strings=True, look_for_args_file=False
+        )
+    except ValueError as error:  # of a dataclass's own checks
+        raise error if isinstance(error, UserError) else UserError(str(error)) from error
     if unknown:
         option = next((word for word in unknown if word.startswith("--")), unknown[0])
         name = option.lstrip("-").split("=")[0].replace("-", "_")
         raise UserError(f"unknown option {option!r}{did_you_mean(name, known)}")
     return tuple(filled)
+
+
+def _as_options(key: str, value: Any, where: str) -> list[str]:
+    """A value of a YAML file as command-line words that can mean nothing else."""
+    if isinstance(value, dict):
+        try:
+            return [f"--{key}={json.dumps(value)}"]
+        except (TypeError, ValueError, RecursionError) as error:  # a date, a mapping inside itself
+            raise UserError(f"{where} cannot be passed on as JSON: {error}") from error
+    if not isinstance(value, list):
+        return [f"--{key}={value}"]
+    for item in value:
+        if isinstance(item, list | dict | set):
+            raise UserError(f"{where} must be a flat list, got a {type(item).__name__} in it")
+        if isinstance(item, str) and item.startswith("-"):
+            raise UserError(f"{where}: an item must not start with '-', got {item!r}: it would be taken for an option")
+    return [f"--{key}", *map(str, value)]
 
 
 def _config_option(argv: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -253,7 +279,7 @@ def machine() -> dict[str, Any]:
 
 
 _ALWAYS = ("optim", "learning_rate", "weight_decay", "per_device_train_batch_size", "max_grad_norm", "seed")
-_PRIVATE = ("token", "output_dir", "logging_dir", "run_name", "hub_model_id")
+_PRIVATE = ("token", "output_dir", "logging_dir", "run_name", "hub_model_id", "trackio_space_id")
 
 
 def public_settings(*configs: Any) -> dict[str, Any]:
@@ -271,11 +297,22 @@ def public_settings(*configs: Any) -> dict[str, Any]:
             optional = isinstance(config, TrainingArguments) and spec.name not in _ALWAYS
             if any(word in spec.name for word in _PRIVATE) or (optional and (value == default or not value)):
                 continue
-            if isinstance(value, str) and (os.path.isabs(value) or ".." in Path(value).parts or os.path.exists(value)):
-                value = Path(value).name
             if isinstance(value, bool | int | float | str | list | dict | None):
-                found[spec.name] = value
+                found[spec.name] = _without_folders(value)
     return found
+
+
+def _without_folders(value: Any) -> Any:
+    """A path as its last part, also inside a list or a mapping; anything else as it is."""
+    if isinstance(value, dict):
+        return {key: _without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(item) for item in value]
+    if isinstance(value, str) and value:
+        parts = Path(value).parts
+        if os.path.isabs(value) or ".." in parts or parts[:1] == ("~",) or os.path.exists(value):
+            return Path(value).name
+    return value
 
 
 def run_record(recipe: str, configs: Sequence[Any], **results: Any) -> dict[str, Any]:
@@ -290,14 +327,38 @@ def run_record(recipe: str, configs: Sequence[Any], **results: Any) -> dict[str,
     }
 
 
+def check_writable(option: str, folder: str | Path) -> None:
+    """Make a folder and try to write in it: before a run, not after it.
+
+    Raises:
+        UserError: it cannot be made, or nothing can be written in it.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise UserError(f"{option}: cannot write in {str(folder)!r} ({error.strerror}); give another folder") from error
+
+
+def markdown_text(text: Any) -> str:
+    """Plain text in Markdown: nothing in it becomes markup, and it stays on its line."""
+    return re.sub(r"([\\`*\[\]<>|~$])", r"\\\1", " ".join(str(text).replace("&", "&amp;").split()))
+
+
 def write_text(path: str | Path, text: str) -> Path:
+    """`write_bytes` of UTF-8."""
+    return write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: str | Path, content: bytes) -> Path:
     """Write a file in one piece: under a temporary name in the same folder, then renamed. Folders are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files only their owner can read
