@@ -110,8 +110,10 @@ def parse_config(
         *filled, _namespace, unknown = parser.parse_args_into_dataclasses(
             from_file + argv, return_remaining_strings=True, look_for_args_file=False
         )
+    except UserError:
+        raise
     except ValueError as error:  # of a dataclass's own checks
-        raise error if isinstance(error, UserError) else UserError(str(error)) from error
+        raise UserError(str(error)) from error
     if unknown:
         option = next((word for word in unknown if word.startswith("--")), unknown[0])
         name = option.lstrip("-").split("=")[0].replace("-", "_")

@@ -13,13 +13,12 @@ import html
 import io
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes.common import UserError, run_main, write_text
+from recipes.common import UserError, markdown_text, run_main, write_bytes, write_text
 from recipes.pretrain_report import draw_costs, draw_curves, label
 
 HEADER = (
@@ -36,15 +35,22 @@ def read_record(path: str | Path) -> dict[str, Any]:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
-    except ValueError as error:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
         raise UserError(f"{path} must be a run record in JSON: {error}") from error
     needed = ("config", "curves", "final", "speed", "tokens", "optimizer_state_bytes")
     missing = [key for key in needed if not isinstance(record, dict) or key not in record]
     if missing:
         raise UserError(f"{path} must be a record of gpt2_pretrain.py, but lacks {', '.join(missing)}")
-    for split in record["curves"].values():  # JSON has no NaN: a diverged loss was written as a word
-        for row in split:
-            row["loss"] = float(row["loss"])
+    try:
+        label(record)
+        for split in ("train", "validation"):
+            for row in record["curves"][split]:
+                # JSON has no NaN: a diverged loss was written as a word
+                row.update({key: float(row[key]) for key in ("tokens", "seconds", "loss")})
+        table_row("", record)
+        _conditions([record])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {type(error).__name__}: {error}; make it anew by a run") from error
     return record
 
 
@@ -112,11 +118,6 @@ def _conditions(records: Sequence[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def _markdown_text(text: Any) -> str:
-    """Plain text in Markdown: nothing in it becomes markup, and it stays on its line."""
-    return re.sub(r"([\\`*\[\]<>|~$])", r"\\\1", " ".join(str(text).replace("&", "&amp;").split()))
-
-
 @dataclass
 class Page:
     """What both forms of the page hold. `figures` maps a file name to a title and the PNG."""
@@ -130,12 +131,12 @@ class Page:
 
     def markdown(self) -> str:
         def line(cells: Sequence[str]) -> str:
-            return "| " + " | ".join(_markdown_text(cell) for cell in cells) + " |"
+            return "| " + " | ".join(markdown_text(cell) for cell in cells) + " |"
 
         align = "|---" + "|---:" * (len(HEADER) - 1) + "|"
-        parts = [f"# {_markdown_text(self.title)}", "\n".join([line(HEADER), align, *map(line, self.rows)])]
-        parts += [f"![{_markdown_text(title)}]({name})" for name, (title, _) in self.figures.items()]
-        parts.append("\n".join(f"- {_markdown_text(text)}" for text in self.notes()))
+        parts = [f"# {markdown_text(self.title)}", "\n".join([line(HEADER), align, *map(line, self.rows)])]
+        parts += [f"![{markdown_text(title)}]({name})" for name, (title, _) in self.figures.items()]
+        parts.append("\n".join(f"- {markdown_text(text)}" for text in self.notes()))
         return "\n\n".join(parts) + "\n"
 
     def html(self) -> str:
@@ -214,9 +215,8 @@ def compare(paths: Sequence[str | Path], output: str | Path, title: str = "Compa
     rows = [table_row(name, record) for name, record in zip(labels, records, strict=True)]
     page = Page(title, rows, figures, shared, differing, _conditions(records))
     output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
     for name, (_, png) in figures.items():
-        (output / name).write_bytes(png)
+        write_bytes(output / name, png)
     write_text(output / "comparison.md", page.markdown())
     write_text(output / "comparison.html", page.html())
     return output

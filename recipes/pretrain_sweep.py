@@ -16,12 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from recipes.common import UserError, did_you_mean, machine, run_main, versions, write_json
+from recipes.common import UserError, did_you_mean, machine, read_yaml, run_main, versions, write_json
 from recipes.compare import compare
 
 RECIPE = Path(__file__).with_name("gpt2_pretrain.py")
+_KINDS = {dict: "`key: value` lines", int: "a whole number of at least 1"}
 
 
 @dataclass
@@ -38,14 +37,19 @@ class Sweep:
 
     @classmethod
     def read(cls, path: str | Path) -> Sweep:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = read_yaml(path)
         known = list(cls.__dataclass_fields__)
         for key in content:
             if key not in known:
-                raise UserError(f"{path}: unknown key {key!r}{did_you_mean(key, known)}")
+                raise UserError(f"{path}: unknown key {key!r}{did_you_mean(str(key), known)}")
+        if missing := [key for key in known if key != "options" and key not in content]:
+            raise UserError(f"{path} lacks {', '.join(missing)}")
         sweep = cls(**content)
+        for name, kind in (("runs", dict), ("options", dict), ("tokens", int), ("final_tokens", int)):
+            if not isinstance(value := getattr(sweep, name), kind) or (kind is int and value < 1):
+                raise UserError(f"{path}: {name} must be {_KINDS[kind]}, got {value!r}")
         for name, run in sweep.runs.items():
-            if not run.get("learning_rates"):
+            if not isinstance(run, dict) or not isinstance(run.get("learning_rates"), list) or not run["learning_rates"]:
                 raise UserError(f"{path}: runs: {name} must list learning_rates")
         return sweep
 

@@ -11,6 +11,8 @@ import gzip
 import hashlib
 import json
 import os
+import re
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -25,6 +27,7 @@ from recipes.common import UserError
 
 LINE_CHARACTERS = 1 << 20  # longer lines of a text file are read in parts
 TEXT_DOCUMENT_CHARACTERS = 1 << 14
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass
@@ -54,6 +57,10 @@ class Corpus:
             raise UserError("exactly one of train_files (local) and dataset (on the hub) must be given")
         if not 0 <= self.validation_fraction < 1:
             raise UserError(f"validation_fraction must be in [0, 1), got {self.validation_fraction}")
+        if not 0 <= self.split_seed < 2**64:
+            raise UserError(f"split_seed must be in [0, 2**64), got {self.split_seed}")
+        if self.max_documents is not None and self.max_documents < 1:
+            raise UserError(f"max_documents must be at least 1, or left out for all, got {self.max_documents}")
 
     def documents(self, *, streaming: bool = False) -> Iterator[str]:
         """Every document of the training source in its order, those to be held out included.
@@ -128,6 +135,8 @@ def _lines(path: str, limit: int = LINE_CHARACTERS) -> Iterator[tuple[int, str]]
                 f"{path} must be UTF-8, but soon after line {number} there is byte {error.object[error.start]:#04x} "
                 f"({error.reason}): convert it, for example with iconv"
             ) from error
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{path} cannot be read beyond line {number}: {error}; is it whole?") from error
 
 
 def _read_text(path: str, corpus: Corpus) -> Iterator[str]:
@@ -154,12 +163,18 @@ def _read_jsonl(path: str, corpus: Corpus) -> Iterator[str]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: not JSON: {error}") from error
         if not isinstance(row, dict) or not isinstance(row.get(corpus.text_column), str):
             found = sorted(row) if isinstance(row, dict) else type(row).__name__
             raise UserError(f"{path}, line {number}: no string {corpus.text_column!r} (text_column) in {found}")
-        yield row[corpus.text_column]
+        text = row[corpus.text_column]
+        if _SURROGATE.search(text):
+            raise UserError(
+                f"{path}, line {number}: {corpus.text_column} holds half of a surrogate pair, which is no text; "
+                "leave the line out, or write the character whole"
+            )
+        yield text
 
 
 def _column(path: str, names: Sequence[str], corpus: Corpus) -> str:
@@ -169,10 +184,16 @@ def _column(path: str, names: Sequence[str], corpus: Corpus) -> str:
 
 
 def _read_parquet(path: str, corpus: Corpus) -> Iterator[str]:
-    with pa.parquet.ParquetFile(path) as file:
-        column = _column(path, file.schema_arrow.names, corpus)
-        for batch in file.iter_batches(batch_size=256, columns=[column]):
-            yield from (text for text in batch.column(0).to_pylist() if text is not None)
+    try:
+        with pa.parquet.ParquetFile(path) as file:
+            column = _column(path, file.schema_arrow.names, corpus)
+            kind = file.schema_arrow.field(column).type
+            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+                raise UserError(f"{path}: text_column {column!r} must hold text, it holds {kind}")
+            for batch in file.iter_batches(batch_size=256, columns=[column]):
+                yield from (text for text in batch.column(0).to_pylist() if text is not None)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} must be a whole Parquet file: {error}") from error
 
 
 def _read_csv(path: str, corpus: Corpus) -> Iterator[str]:
@@ -188,8 +209,8 @@ def _read_csv(path: str, corpus: Corpus) -> Iterator[str]:
         column = _column(path, reader.schema.names, corpus)
         for batch in reader:
             yield from (text for text in batch.column(column).to_pylist() if text is not None)
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path} must be CSV in UTF-8: {error}") from error
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} must be whole CSV in UTF-8: {error}") from error
 
 
 READERS = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".csv": _read_csv, ".txt": _read_text}
