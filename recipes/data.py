@@ -8,6 +8,7 @@ import csv
 import gzip
 import io
 import re
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,17 +104,26 @@ def _columns(found: Iterable[str] | None, where: str) -> tuple[str, str]:
 def read_csv(path: Path) -> list[Row]:
     """The rows of one file in the official schema, plain or gzipped; errors name the line."""
     rows = []
+    line = 0
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as raw:
-            reader = csv.DictReader(io.TextIOWrapper(raw, encoding="utf-8-sig", newline=""))
+            # strict: a quotation mark that is never closed would make one reference of the rest of the file
+            reader = csv.DictReader(io.TextIOWrapper(raw, encoding="utf-8-sig", newline=""), strict=True)
             mr, reference = _columns(reader.fieldnames, str(path))
             for row in reader:
+                line = reader.line_num
+                if None in row or None in row.values():
+                    raise UserError(f"{path}, line {line}: other cells than the header has; quote one with a comma")
                 if not (row[mr] or "").strip() or not (row[reference] or "").strip():
                     empty = reference if (row[mr] or "").strip() else mr
                     raise UserError(f"{path}, line {reader.line_num}: empty {empty}")
                 rows.append(Row(row[mr], row[reference]))
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: {error}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}, after line {line}: not UTF-8 ({error}); convert it, for example by iconv") from error
+    except csv.Error as error:
+        raise UserError(f"{path}, after line {line}: {error}; double each quotation mark in a quoted cell") from error
     if not rows:
         raise UserError(f"{path}: holds no rows")
     return rows

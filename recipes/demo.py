@@ -11,6 +11,7 @@ import csv
 import random
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import DataCollatorForSeq2Seq, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, Trainer, set_seed
 
 from hf_sai.plots import plot_losses
-from recipes.common import UserError, parse_config, run_main, write_text
+from recipes.common import UserError, check_writable, markdown_text, parse_config, run_main, write_text
 from recipes.data import E2EData, E2ETokens, Row, clean, load_e2e, prompt
 from recipes.gpt2_lora_e2e import E2EArguments, run
 from recipes.optimizers import RecipeArguments
@@ -169,15 +170,17 @@ def table(records: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def sentences(data: E2EData, predictions: dict[str, list[dict[str, str]]]) -> str:
-    """Some meaning representations with a human text and each optimizer's output."""
+def sentences(
+    data: E2EData, predictions: dict[str, list[dict[str, str]]], shown: Callable[[str], str] = clean
+) -> str:
+    """Some meaning representations with a human text and each optimizer's output, each text as `shown` gives it."""
     references = {}
     for row in data.test:
         references.setdefault(row.mr, row.reference)
     blocks = []
     for number, first in enumerate(next(iter(predictions.values()))[:SHOWN]):
-        outputs = [f"- {name}: {rows[number]['output']}" for name, rows in predictions.items()]
-        blocks.append("\n".join([first["MR"], f"- reference: {clean(references[first['MR']])}", *outputs]))
+        outputs = [f"- {name}: {shown(rows[number]['output'])}" for name, rows in predictions.items()]
+        blocks.append("\n".join([shown(first["MR"]), f"- reference: {shown(references[first['MR']])}", *outputs]))
     return "\n\n".join(blocks)
 
 
@@ -186,6 +189,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
     (demo,) = parse_config([DemoArguments], description=__doc__)
     output, clock = Path(demo.output), Clock()
+    check_writable("output", output)
     if demo.data:
         folder = Path(demo.data)
         clock.say(f"data: {folder}")
@@ -221,7 +225,8 @@ def main() -> None:
     )
     report = write_text(
         output / "report.md",
-        f"# SGD-SaI demo\n\n{about}\n\n{results}\n\n## Outputs\n\n{examples}\n\n## Plots\n\n{pictures}\n",
+        f"# SGD-SaI demo\n\n{about}\n\n{results}\n\n"
+        f"## Outputs\n\n{sentences(data, predictions, markdown_text)}\n\n## Plots\n\n{pictures}\n",
     )
     clock.say(f"done\n\n{results}\n\n{examples}\n\nreport: {report}\nplots: {', '.join(map(str, plots))}")
 

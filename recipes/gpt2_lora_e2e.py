@@ -10,6 +10,7 @@ Writes to `output_dir`: `adapter/` (PEFT format, with a model card), `record.jso
 import csv
 import io
 import logging
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,15 @@ from transformers import (
     set_seed,
 )
 from transformers.pytorch_utils import Conv1D
-from transformers.trainer_utils import get_last_checkpoint
 
+from hf_sai.checkpoints import last_whole_checkpoint
 from hf_sai.metrics import E2E_NLG
 from recipes.common import (
     StepTimer,
     UserError,
+    check_writable,
     did_you_mean,
+    markdown_text,
     optimizer_state_bytes,
     parse_config,
     run_main,
@@ -82,7 +85,8 @@ class E2EArguments:
     record: str | None = field(default=None, metadata={"help": "Where the record goes besides output_dir/record.json."})
 
     def __post_init__(self) -> None:
-        for name in ("max_length", "lora_r", "num_beams", "max_new_tokens", "generation_batch_size"):
+        at_least_one = ("max_length", "lora_r", "lora_alpha", "num_beams", "max_new_tokens", "generation_batch_size")
+        for name in at_least_one:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("max_train_rows", "max_eval_rows", "max_test_mrs"):
@@ -90,6 +94,10 @@ class E2EArguments:
                 raise UserError(f"{name} must be at least 1, or left out for all, got {getattr(self, name)}")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise UserError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
+        if self.no_repeat_ngram_size < 0:
+            raise UserError(f"no_repeat_ngram_size must be at least 0 (any repetition), got {self.no_repeat_ngram_size}")
+        if not math.isfinite(self.length_penalty):
+            raise UserError(f"length_penalty must be finite, got {self.length_penalty}")
 
 
 class E2ETrainer(Trainer):
@@ -236,9 +244,9 @@ def model_card(record: dict[str, Any], config: E2EArguments) -> ModelCard:
         ("validation loss", f"{record['eval_loss']:.4f}"),
         *((name, f"{value:.4f}") for name, value in scores.items()),
     ]
-    table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+    table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {markdown_text(value)} |" for name, value in rows)])
     about = (
-        f"A LoRA adapter for `{settings['model']}`, trained by `recipes/gpt2_lora_e2e.py` of hf_sai "
+        f"A LoRA adapter for {markdown_text(settings['model'])}, trained by `recipes/gpt2_lora_e2e.py` of hf_sai "
         f"{record['versions'].get('hf_sai', '')} to turn a table of attributes into a sentence.\n\n{table}\n\n"
         f"Prompt: `name : Blue Spice | Type : coffee shop | area : city centre`, then the end-of-text token. "
         f"Decoding: {config.num_beams} beams, length penalty {config.length_penalty:g}, "
@@ -270,6 +278,9 @@ def run(config: E2EArguments, args: RecipeArguments) -> dict[str, Any]:
     folder = Path(args.output_dir)
     checkpoint = resume_point(args)
     check_scoring(config.metrics)
+    check_writable("output_dir", folder)
+    if config.record:
+        check_writable("record", Path(config.record).parent)
     set_seed(args.seed)
 
     with state.main_process_first():
@@ -330,11 +341,11 @@ def run(config: E2EArguments, args: RecipeArguments) -> dict[str, Any]:
 
 
 def resume_point(args: RecipeArguments) -> str | None:
-    """`--resume_from_checkpoint last` or a checkpoint's folder; None to start from the beginning."""
+    """`--resume_from_checkpoint last` (the last whole one) or a checkpoint's folder; None to start from the beginning."""
     wanted = args.resume_from_checkpoint
     if not wanted:
         return None
-    found = get_last_checkpoint(args.output_dir) if wanted == "last" and Path(args.output_dir).is_dir() else wanted
+    found = last_whole_checkpoint(args.output_dir, args.world_size) if wanted == "last" else wanted
     if found is None or not Path(found).is_dir():
         raise UserError(f"resume_from_checkpoint: no checkpoint at {wanted!r} (output_dir {args.output_dir})")
     return found

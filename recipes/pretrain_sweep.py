@@ -49,7 +49,8 @@ class Sweep:
             if not isinstance(value := getattr(sweep, name), kind) or (kind is int and value < 1):
                 raise UserError(f"{path}: {name} must be {_KINDS[kind]}, got {value!r}")
         for name, run in sweep.runs.items():
-            if not isinstance(run, dict) or not isinstance(run.get("learning_rates"), list) or not run["learning_rates"]:
+            rates = run.get("learning_rates") if isinstance(run, dict) else None
+            if not isinstance(rates, list) or not rates:
                 raise UserError(f"{path}: runs: {name} must list learning_rates")
         return sweep
 
