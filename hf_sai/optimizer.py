@@ -199,6 +199,11 @@ class SGDSaI(Optimizer):
         return self._release
 
     @property
+    def releases_gradients(self) -> bool:
+        """Whether ``release_gradients`` is active."""
+        return self._release is not None
+
+    @property
     def released_norm(self) -> Tensor | None:
         """The global norm of the gradients that the last backward has released, None where it is not tracked."""
         return None if self._release is None else self._release.norm()

@@ -113,11 +113,24 @@ class SaITrainer(Trainer):
             (folder / TRAINER_STATE).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
 
+    def create_optimizer(self, *rest: Any, **kwargs: Any) -> Any:
+        """As ``Trainer.create_optimizer``; with ``optim_args="release_gradients=true"`` gradients are then released."""
+        optimizer = super().create_optimizer(*rest, **kwargs)
+        if isinstance(optimizer, SGDSaI) and isinstance(self.model, nn.Module) and self.args.optim == OPTIM_NAME:
+            _release_if_asked(optimizer, self.model, self.args)
+        return optimizer
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        released = getattr(getattr(self.optimizer, "optimizer", self.optimizer), "released_norm", None)
+        if released is not None:
+            return released
+        return super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
+
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
         """The optimizer's class and arguments that ``args`` ask for."""
         if args.optim == OPTIM_NAME:
-            return sgd_sai_from_args(args)
+            return SGDSaI, _kwargs_from_args(args)[0]
         if not isinstance(args, SaITrainingArguments):
             # Stock arguments cannot say "sgd_sai" and have a default: nobody knows what this user has chosen.
             raise ValueError(
@@ -140,17 +153,50 @@ def sgd_sai_from_args(args: TrainingArguments) -> tuple[type[SGDSaI], dict[str, 
         :class:`SGDSaI` and its keyword arguments.
 
     Raises:
-        ValueError: for an unknown key or a bad value in ``optim_args``, naming it and listing what is valid.
+        ValueError: for an unknown key or a bad value in ``optim_args``, naming it and listing what is valid; for
+            ``release_gradients=true``, which needs the model.
     """
+    kwargs, release = _kwargs_from_args(args)
+    if release:
+        raise ValueError(
+            "optim_args: release_gradients=true needs the model: use SaITrainer or create_sgd_sai, "
+            "or call optimizer.release_gradients(model)"
+        )
+    return SGDSaI, kwargs
+
+
+def _kwargs_from_args(args: TrainingArguments) -> tuple[dict[str, Any], bool]:
+    """The keyword arguments of :class:`SGDSaI`, and whether gradients are to be released."""
     kwargs = {
         "lr": args.learning_rate,
         "weight_decay": args.weight_decay,
         "scaling": "adamw",
         **parse_optim_args(args.optim_args),
     }
+    release = kwargs.pop("release_gradients", False)
     check_group({**_DEFAULTS, **kwargs})
     _warn_if_nothing_will_train(args, kwargs["scaling"])
-    return SGDSaI, kwargs
+    return kwargs, release
+
+
+def _release_if_asked(optimizer: SGDSaI, model: nn.Module, args: TrainingArguments) -> None:
+    """Release gradients where ``optim_args`` asks for it; ValueError where the other arguments exclude it."""
+    if not parse_optim_args(args.optim_args).get("release_gradients") or optimizer.releases_gradients:
+        return
+    reasons = {
+        f"gradient_accumulation_steps={args.gradient_accumulation_steps}: parameters would move between micro-batches; "
+        "set it to 1": args.gradient_accumulation_steps > 1,
+        f"max_grad_norm={args.max_grad_norm}: the norm is known only after the last gradient; set it to 0": (
+            (args.max_grad_norm or 0) > 0
+        ),
+        "fp16=True: an overflow is known only after the last gradient; use bf16": args.fp16,
+        f"{args.world_size} processes, whose gradients are reduced later; train on one": args.world_size > 1,
+        f"{args.n_gpu} GPUs in one process; set CUDA_VISIBLE_DEVICES to one": args.n_gpu > 1,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise ValueError(f"optim_args: release_gradients=true updates inside backward and excludes {reason}")
+    optimizer.release_gradients(model, track_norm=True)
 
 
 def create_sgd_sai(model: nn.Module, args: TrainingArguments, num_training_steps: int) -> tuple[SGDSaI, LRScheduler]:
@@ -166,7 +212,7 @@ def create_sgd_sai(model: nn.Module, args: TrainingArguments, num_training_steps
     """
     if num_training_steps < 1:
         raise ValueError(f"num_training_steps must be at least 1, got {num_training_steps}")
-    cls, kwargs = sgd_sai_from_args(args)
+    kwargs, _ = _kwargs_from_args(args)
     # An instance method that reads nothing of its instance.
     decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -178,7 +224,8 @@ def create_sgd_sai(model: nn.Module, args: TrainingArguments, num_training_steps
             ([(n, p) for n, p in trained if n not in decayed], 0.0),
         )
     ]
-    optimizer = cls(groups, **kwargs)
+    optimizer = SGDSaI(groups, **kwargs)
+    _release_if_asked(optimizer, model, args)
     scheduler = get_scheduler(
         args.lr_scheduler_type,
         optimizer=optimizer,
@@ -252,6 +299,7 @@ _CASTS: dict[str, Callable[[str, str], Any]] = {
     "fused": _one_of({**_BOOL, "none": None}),
     "momentum_dtype": _one_of({**MOMENTUM_DTYPES, "none": None}),
     "stochastic_rounding": _one_of(_BOOL),
+    "release_gradients": _one_of(_BOOL),
 }
 # Param groups take these two from the training arguments: a second value here would be lost without a word.
 _ELSEWHERE = {"lr": "learning_rate", "learning_rate": "learning_rate", "weight_decay": "weight_decay"}
