@@ -170,9 +170,7 @@ def table(records: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def sentences(
-    data: E2EData, predictions: dict[str, list[dict[str, str]]], shown: Callable[[str], str] = clean
-) -> str:
+def sentences(data: E2EData, predictions: dict[str, list[dict[str, str]]], shown: Callable[[str], str] = clean) -> str:
     """Some meaning representations with a human text and each optimizer's output, each text as `shown` gives it."""
     references = {}
     for row in data.test:

@@ -1,9 +1,11 @@
 """The model card of a diffusion LoRA."""
 
+import json
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from recipes.common import markdown_text
 from recipes.diffusion_config import DiffusionArguments
 from recipes.diffusion_model import EMBEDDINGS
 
@@ -27,7 +29,7 @@ def model_card(record: dict[str, Any], config: DiffusionArguments, grid: str | N
     rows = [
         ("base model", settings["model"]),
         ("images", record["images"]),
-        ("tokens", " ".join(f"`{token}`" for token in config.concept_tokens) or "none"),
+        ("tokens", " ".join(config.concept_tokens) or "none"),
         ("optimizer", f"{settings['optim']} {settings.get('optim_args') or ''}".strip()),
         ("learning rate", f"{settings['learning_rate']:g}"),
         ("weight decay", f"{settings['weight_decay']:g}"),
@@ -35,11 +37,11 @@ def model_card(record: dict[str, Any], config: DiffusionArguments, grid: str | N
         ("LoRA", f"r {config.lora_r}, alpha {config.lora_alpha or config.lora_r:g}"),
         *((name, f"{value:.4f}") for name, value in record["scores"].items()),
     ]
-    table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+    table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {markdown_text(value)} |" for name, value in rows)])
     load = [
         "from diffusers import DiffusionPipeline",
         "",
-        f'pipe = DiffusionPipeline.from_pretrained("{settings["model"]}")',
+        f"pipe = DiffusionPipeline.from_pretrained({json.dumps(settings['model'])})",
         'pipe.load_lora_weights("FOLDER")',
     ]
     names = [
@@ -54,12 +56,12 @@ def model_card(record: dict[str, Any], config: DiffusionArguments, grid: str | N
             load.append(f'rows = load_file("FOLDER/{name}")')
             for key, suffix in (("clip_l", ""), ("clip_g", "_2")):
                 load.append(
-                    f'pipe.load_textual_inversion(rows["{key}"], token="{token}", '
+                    f'pipe.load_textual_inversion(rows["{key}"], token={json.dumps(token)}, '
                     f"tokenizer=pipe.tokenizer{suffix}, text_encoder=pipe.text_encoder{suffix})"
                 )
     code = "\n".join(load)
     about = (
-        f"A LoRA for `{settings['model']}`, trained by `recipes/diffusion_lora.py` of hf_sai "
+        f"A LoRA for {markdown_text(settings['model'])}, trained by `recipes/diffusion_lora.py` of hf_sai "
         f"{record['versions'].get('hf_sai', '')}.\n\n{table}\n\n```python\n{code}\n```\n"
     )
     if grid:

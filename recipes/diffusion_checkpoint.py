@@ -90,11 +90,22 @@ def load_checkpoint(accelerator: Any, folder: Path, samples_per_step: int) -> di
         folder: a checkpoint.
         samples_per_step: over all processes; with another number the data would go on at another place.
     """
-    progress = json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))
-    if progress["samples_per_step"] != samples_per_step:
+    try:
+        progress: dict[str, Any] = json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))
+        saved = progress["samples_per_step"]
+        if not isinstance(progress["step"], int) or not isinstance(progress["history"], list):
+            raise TypeError("step must be a number and history a list")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"resume: {folder / _PROGRESS} is damaged: {error!r}; resume from another one") from error
+    if saved != samples_per_step:
         raise UserError(
-            f"resume: {folder} was saved at {progress['samples_per_step']} samples a step, this run has "
+            f"resume: {folder} was saved at {saved} samples a step, this run has "
             f"{samples_per_step}; keep processes x train_batch_size x gradient_accumulation_steps"
         )
-    accelerator.load_state(str(folder))
+    try:
+        accelerator.load_state(str(folder))
+    except UserError:
+        raise
+    except Exception as error:  # each of the files has its own kinds
+        raise UserError(f"resume: {folder} is damaged or of another run: {error}; resume from another one") from error
     return progress

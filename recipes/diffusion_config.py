@@ -1,5 +1,6 @@
 """The settings of `diffusion_lora.py`; those of the optimizer are `OptimizerArguments`."""
 
+import math
 from dataclasses import dataclass, field
 
 from recipes.common import UserError
@@ -96,8 +97,12 @@ class DiffusionArguments:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in _NOT_NEGATIVE:
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} must be at least 0, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name} must be finite and at least 0, got {getattr(self, name)}")
+        if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
+            raise UserError(f"lora_alpha must be finite and above 0, or left out for lora_r, got {self.lora_alpha}")
+        if not math.isfinite(self.guidance_scale):
+            raise UserError(f"guidance_scale must be finite, got {self.guidance_scale}")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise UserError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
         if self.cache_latents and self.random_crop:

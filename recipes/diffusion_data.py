@@ -23,6 +23,7 @@ from torch.utils.data import Dataset, Sampler
 from recipes.common import UserError, did_you_mean
 
 logger = logging.getLogger(__name__)
+_MAX_ASPECT = 20
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
@@ -45,15 +46,27 @@ def open_image(source: Path | bytes) -> Image.Image:
         return image.convert("RGB")
 
 
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"data: cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"data: {path} must be UTF-8 ({error}); convert it, for example by iconv") from error
+
+
 def _rows(path: Path) -> list[dict[str, Any]]:
-    text = path.read_text(encoding="utf-8")
+    text = _read_text(path)
     if path.suffix == ".csv":
-        return list(csv.DictReader(io.StringIO(text)))
+        try:
+            return list(csv.DictReader(io.StringIO(text), strict=True))
+        except csv.Error as error:
+            raise UserError(f"{path}: not CSV ({error}); double each quotation mark in a quoted cell") from error
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         try:
             row = json.loads(line) if line.strip() else None
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: not JSON ({error})") from error
         if row is not None:
             if not isinstance(row, dict):
@@ -74,16 +87,16 @@ def _captions(folder: Path, images: list[Path]) -> dict[str, str]:
             )
         if missing := sorted(name for name, text in beside.items() if not text.is_file()):
             raise UserError(f"data: no caption file for {_some(missing)} in {folder}")
-        return {name: text.read_text(encoding="utf-8").strip() for name, text in beside.items()}
+        return {name: _read_text(text).strip() for name, text in beside.items()}
     captions: dict[str, str] = {}
     for number, row in enumerate(_rows(path), 1):
         name, text = row.get("file_name"), row.get("text")
-        if not name or not isinstance(text, str):
+        if not name or not isinstance(name, str) or not isinstance(text, str):
             keys = ", ".join(map(str, row))
             raise UserError(f"{path}, entry {number}: expected file_name and text, got the keys {keys or 'none'}")
         if name in captions:
             raise UserError(f"{path}: {name} is listed twice")
-        captions[str(name)] = text.strip()
+        captions[name] = text.strip()
     names = {image.name for image in images}
     if missing := sorted(captions.keys() - names):
         raise UserError(f"{path} lists {_some(missing)}, not in {folder}{did_you_mean(missing[0], names)}")
@@ -145,8 +158,10 @@ def usable(examples: list[Example], on_bad_image: str, max_pixels: int) -> list[
                     width, height = image.size
                     if width * height > max_pixels:
                         raise ValueError(f"{width}x{height} has more than max_image_pixels ({max_pixels}) pixels")
-                    image.load()
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                    if max(width, height) > _MAX_ASPECT * min(width, height):  # huge once its shorter side is scaled
+                        raise ValueError(f"{width}x{height} is over {_MAX_ASPECT} times as long as wide; crop it")
+                open_image(example.source)
+        except Exception as error:  # Pillow raises a dozen kinds for damaged files
             message = f"data: bad image {example.name}: {error}"
             if on_bad_image == "stop":
                 raise UserError(f"{message}; --on_bad_image skip trains on the others") from error

@@ -23,6 +23,7 @@ from transformers import get_scheduler
 from recipes.common import (
     StepTimer,
     UserError,
+    check_writable,
     optimizer_state_bytes,
     parse_config,
     public_settings,
@@ -149,6 +150,9 @@ def run(config: DiffusionArguments, args: OptimizerArguments) -> dict[str, Any]:
         UserError: bad data, model or settings.
     """
     output_dir = Path(config.output_dir)
+    check_writable("output_dir", output_dir)
+    if config.record:
+        check_writable("record", Path(config.record).parent)
     checkpoint = find_checkpoint(config.resume, output_dir) if config.resume else None
     accelerator = Accelerator(
         gradient_accumulation_steps=config.gradient_accumulation_steps,

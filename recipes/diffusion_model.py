@@ -50,7 +50,12 @@ def _check_folder(folder: Path) -> None:
     index = folder / "model_index.json"
     if not index.is_file():
         raise UserError(f"model: {folder} has no model_index.json, so it is not a pipeline in diffusers layout")
-    named = json.loads(index.read_text(encoding="utf-8"))
+    try:
+        named = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"model: {index} must be JSON: {error}") from error
+    if not isinstance(named, dict):
+        raise UserError(f"model: {index} must name the parts of a pipeline, got a {type(named).__name__}")
     wanted = _XL_PARTS if "text_encoder_2" in named else _SD_PARTS
     if missing := [part for part in wanted if named.get(part) in (None, [None, None]) or not (folder / part).is_dir()]:
         raise UserError(f"model: {folder} lacks {', '.join(missing)}; a pipeline needs {', '.join(wanted)}")

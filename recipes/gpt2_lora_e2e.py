@@ -95,7 +95,7 @@ class E2EArguments:
         if not 0.0 <= self.lora_dropout < 1.0:
             raise UserError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
         if self.no_repeat_ngram_size < 0:
-            raise UserError(f"no_repeat_ngram_size must be at least 0 (any repetition), got {self.no_repeat_ngram_size}")
+            raise UserError(f"no_repeat_ngram_size must be at least 0, got {self.no_repeat_ngram_size}")
         if not math.isfinite(self.length_penalty):
             raise UserError(f"length_penalty must be finite, got {self.length_penalty}")
 
@@ -341,7 +341,7 @@ def run(config: E2EArguments, args: RecipeArguments) -> dict[str, Any]:
 
 
 def resume_point(args: RecipeArguments) -> str | None:
-    """`--resume_from_checkpoint last` (the last whole one) or a checkpoint's folder; None to start from the beginning."""
+    """The last whole checkpoint for `--resume_from_checkpoint last`, or the folder it names; None to start anew."""
     wanted = args.resume_from_checkpoint
     if not wanted:
         return None

@@ -8,6 +8,7 @@ records side by side.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
@@ -32,7 +33,8 @@ from transformers import (
 )
 from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
-from recipes.common import StepTimer, UserError, parse_config, run_main, write_json
+from hf_sai.checkpoints import last_whole_checkpoint
+from recipes.common import StepTimer, UserError, check_writable, parse_config, run_main, write_bytes, write_json
 from recipes.optimizers import RecipeArguments, trainer_optimizer
 from recipes.pretrain_data import (
     PackedBlocks,
@@ -92,6 +94,16 @@ class ModelArguments:
     def __post_init__(self) -> None:
         if self.model_size not in SIZES:
             raise UserError(f"model_size must be one of {', '.join(SIZES)}, got {self.model_size!r}")
+        for name in ("n_layer", "n_head", "n_embd", "max_eval_blocks", "tokenizer_processes", "tokenizer_train_bytes"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.stream_validation_documents < 0:
+            raise UserError(f"stream_validation_documents must be at least 0, got {self.stream_validation_documents}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise UserError(f"dropout must be in [0, 1), got {self.dropout}")
+        _, heads, width = SIZES[self.model_size]
+        if (self.n_embd or width) % (self.n_head or heads):
+            raise UserError(f"n_embd must be a multiple of n_head, got {self.n_embd or width} and {self.n_head or heads}")
         if not 2 <= self.block_size <= self.n_positions:
             raise UserError(
                 f"block_size must be from 2 to n_positions ({self.n_positions}), got {self.block_size}: "
@@ -115,6 +127,8 @@ class PretrainArguments(RecipeArguments):
         super().__post_init__()
         if not 0 <= self.warmup_fraction < 1:
             raise UserError(f"warmup_fraction must be in [0, 1), got {self.warmup_fraction}")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise UserError(f"max_tokens must be at least 1, or left out, got {self.max_tokens}")
 
 
 def read_config(
@@ -291,7 +305,7 @@ def checkpoint_to_resume(args: PretrainArguments) -> str | None:
     folder = Path(args.output_dir)
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if args.resume_from_checkpoint == "auto":
-        return last
+        return last_whole_checkpoint(folder, args.world_size)
     if args.resume_from_checkpoint is None and last is not None:
         raise UserError(
             f"output_dir {args.output_dir} holds {Path(last).name} of an earlier run: "
@@ -310,6 +324,7 @@ def pretrain(config: str | Path | Mapping[str, Any] | Sequence[str]) -> Path:
         UserError: bad input; the message names the option, the rule and the remedy.
     """
     corpus, options, args = read_config(config)
+    check_writable("output_dir", args.output_dir)
     checkpoint = checkpoint_to_resume(args)
     set_seed(args.seed)
     tokenizer = load_tokenizer(corpus, options)
@@ -350,7 +365,9 @@ def pretrain(config: str | Path | Mapping[str, Any] | Sequence[str]) -> Path:
             data |= {"train_tokens": len(train.tokens), "train_blocks": len(train)}
         record = build_record(trainer, corpus, options, data)
         write_json(folder / "record.json", record)
-        draw_curves([record], folder / "curves.png")
+        figure = io.BytesIO()
+        draw_curves([record], figure)
+        write_bytes(folder / "curves.png", figure.getvalue())
     trainer.accelerator.wait_for_everyone()
     return folder
 
