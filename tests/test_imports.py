@@ -13,7 +13,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # The rooms that are about one library; everything else imports it, if at all, where it is used.
 ROOMS = {
     "transformers": {"hf_sai.trainer", "hf_sai.callbacks"},
-    "triton": set(),
+    "triton": {"hf_sai.fused", "hf_sai.triton_kernels"},
     "matplotlib": set(),
     "accelerate": set(),
     "peft": set(),
