@@ -27,17 +27,17 @@ def model_card(record: dict[str, Any], config: DiffusionArguments, grid: str | N
         instance_prompt=record["captions"][0],
     )
     rows = [
-        ("base model", settings["model"]),
+        ("base model", markdown_text(settings["model"])),
         ("images", record["images"]),
-        ("tokens", " ".join(config.concept_tokens) or "none"),
-        ("optimizer", f"{settings['optim']} {settings.get('optim_args') or ''}".strip()),
+        ("tokens", " ".join(f"`{token}`" for token in config.concept_tokens) or "none"),
+        ("optimizer", markdown_text(f"{settings['optim']} {settings.get('optim_args') or ''}")),
         ("learning rate", f"{settings['learning_rate']:g}"),
         ("weight decay", f"{settings['weight_decay']:g}"),
         ("steps", f"{record['steps']}, {record['samples_per_step']} samples each"),
         ("LoRA", f"r {config.lora_r}, alpha {config.lora_alpha or config.lora_r:g}"),
         *((name, f"{value:.4f}") for name, value in record["scores"].items()),
     ]
-    table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {markdown_text(value)} |" for name, value in rows)])
+    table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
     load = [
         "from diffusers import DiffusionPipeline",
         "",

@@ -1,6 +1,7 @@
 """The settings of `diffusion_lora.py`; those of the optimizer are `OptimizerArguments`."""
 
 import math
+import re
 from dataclasses import dataclass, field
 
 from recipes.common import UserError
@@ -111,6 +112,9 @@ class DiffusionArguments:
             self.concept_tokens = []
         elif self.concept_init is None:
             raise UserError("concept_init is needed: a word for each of concept_tokens, such as the class (dog)")
+        for token in self.concept_tokens:
+            if not token or re.search(r"[\s`|\"'\\]", token):
+                raise UserError(f"concept_tokens must be words without quotes, backquotes, | and \\, got {token!r}")
         if len(set(self.concept_tokens)) < len(self.concept_tokens):
             raise UserError(f"concept_tokens must differ from one another, got {' '.join(self.concept_tokens)}")
         if self.cache_prompts and (self.concept_tokens or self.text_lora):
