@@ -104,6 +104,14 @@ class SaITrainer(Trainer):
             resume_from_checkpoint = last_whole_checkpoint(folder, self.args.world_size)
             if resume_from_checkpoint is None:
                 raise ValueError(f"resume_from_checkpoint=True found no whole checkpoint in {folder!r}")
+        if resume_from_checkpoint and not self.is_deepspeed_enabled:
+            # transformers would start the optimizer anew without a word.
+            for what in ("optimizer", "scheduler"):
+                if not any(Path(resume_from_checkpoint).glob(f"*{what}*")):
+                    raise ValueError(
+                        f"resume_from_checkpoint {str(resume_from_checkpoint)!r} holds no {what} state; to train on "
+                        "from its weights alone load them with from_pretrained and leave resume_from_checkpoint out"
+                    )
         return super().train(resume_from_checkpoint, *rest, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
