@@ -60,7 +60,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The `key: value` lines of a YAML file; no tag of it can run code."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+        top = yaml.compose(text, Loader=yaml.SafeLoader) if isinstance(content, dict) else None
     except OSError as error:
         raise UserError(f"config file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -72,6 +74,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise UserError(f"config file {path} must hold `key: value` lines, got a {type(content).__name__}")
+    keys = [key.value for key, _ in top.value]
+    if twice := [key for key in content if keys.count(key) > 1]:
+        raise UserError(f"config file {path} has the key {twice[0]!r} twice; leave one of them out")
     return content
 
 
