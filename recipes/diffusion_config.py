@@ -69,7 +69,7 @@ class DiffusionArguments:
     max_grad_norm: float = field(default=0.0, metadata={"help": "Gradients are clipped to this norm; 0 for never."})
     snr_gamma: float = field(default=5.0, metadata={"help": "min-SNR weighting of the loss; 0 for plain weights."})
     noise_offset: float = field(default=0.0, metadata={"help": "Strength of noise that is constant over an image."})
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Of the UNet: less memory, slower."})
     mixed_precision: str | None = field(default=None, metadata={"help": "no, fp16 or bf16; by default accelerate's."})
     seed: int = 0
 

@@ -84,13 +84,13 @@ def add_trained_parts(pipe: Any, config: DiffusionArguments) -> None:
     for part in (pipe.unet, pipe.vae, *text_parts(pipe)[1]):
         part.requires_grad_(False)
     set_seed(config.seed)  # the same LoRA on every process
-    if config.concept_tokens:
-        add_concepts(pipe, config.concept_tokens, config.concept_init or [], config.seed)
     alpha = config.lora_alpha or config.lora_r
     add_lora(pipe.unet, config.lora_r, alpha, config.lora_dropout, UNET_TARGETS)
     if config.text_lora:
         for encoder in text_parts(pipe)[1]:
             add_lora(encoder, config.lora_r, alpha, config.lora_dropout, TEXT_TARGETS)
+    if config.concept_tokens:  # after the LoRA, which freezes all else
+        add_concepts(pipe, config.concept_tokens, config.concept_init or [], config.seed)
 
 
 def check_captions(examples: list[Example], tokens: list[str]) -> None:
@@ -185,8 +185,6 @@ def run(config: DiffusionArguments, args: OptimizerArguments) -> dict[str, Any]:
             p.data = p.data.to(half)
     if config.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
-        for encoder in text_parts(pipe)[1]:
-            encoder.gradient_checkpointing_enable({"use_reentrant": False})
 
     sources = [Source(found, pipe, config, size) for found in (examples, class_examples) if found]
     schedule = training_schedule(pipe)

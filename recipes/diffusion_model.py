@@ -145,7 +145,8 @@ def add_concepts(pipe: Any, tokens: list[str], initial: list[str], seed: int) ->
         for token, words in zip(tokens, initial, strict=True):
             rows.append(torch.stack([_start(word, token, tokenizer, table, generator) for word in words.split("+")]))
             for name in (token, *(f"{token}_{i}" for i in range(1, len(rows[-1])))):  # diffusers' names for the vectors
-                if tokenizer.add_tokens(name) != 1:
+                ids = tokenizer.encode(name, add_special_tokens=False)
+                if (len(ids) == 1 and ids[0] != tokenizer.unk_token_id) or tokenizer.add_tokens(name) != 1:
                     raise UserError(f"concept_tokens: {name!r} is already a token of this model; choose another name")
         parent.token_embedding = ConceptEmbedding(table, rows)
 

@@ -54,4 +54,7 @@ class Source:
         numbers = SampleNumbers(
             first, last, self.config.train_batch_size, accelerator.process_index, accelerator.num_processes
         )
-        yield from DataLoader(self.dataset, batch_sampler=numbers, num_workers=self.config.num_workers)
+        # A generator of its own: the loader would draw from the global one, whose state a checkpoint restores.
+        generator = torch.Generator().manual_seed(self.config.seed)
+        workers = self.config.num_workers
+        yield from DataLoader(self.dataset, batch_sampler=numbers, num_workers=workers, generator=generator)

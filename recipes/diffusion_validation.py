@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from recipes.diffusion_config import DiffusionArguments
+from recipes.diffusion_data import open_image
 from recipes.diffusion_samples import grid, sample, save_picture
 
 
@@ -49,13 +50,13 @@ class Validation:
         """A row of pictures for each step, a column for each prompt."""
         rows = []
         for folder in sorted(self.folder.glob("step-*")):
-            pictures = [Image.open(path) for path in sorted(folder.glob("*.png"))]
+            pictures = [open_image(path) for path in sorted(folder.glob("*.png"))]
             rows.append((f"step {int(folder.name.removeprefix('step-'))}", pictures))
         return grid(rows, self.prompts)
 
     def track(self, trackers: list[Any], step: int) -> None:
         """Send the grid to those of accelerate's trackers that take pictures."""
-        picture = np.asarray(Image.open(self.folder / "grid.png"))[None]  # (1, height, width, 3)
+        picture = np.asarray(open_image(self.folder / "grid.png"))[None]  # (1, height, width, 3)
         for tracker in trackers:
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}

@@ -1,0 +1,345 @@
+"""The diffusion LoRA recipe on tiny random pipelines: what trains, resume, processes, diffusers' loaders, errors."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file
+
+pytest.importorskip("diffusers")
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+
+from recipes import diffusion_lora
+from recipes.common import UserError
+from recipes.diffusion_config import DiffusionArguments
+from recipes.diffusion_data import open_image
+from recipes.diffusion_lora import add_trained_parts, run
+from recipes.diffusion_model import load_pipeline
+from recipes.diffusion_tiny import tiny_pipeline
+from recipes.optimizers import OptimizerArguments
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = ("a", "photo", "of", "dog", "toy", "red", "blue")
+# A sum in another order changes a float32 by some of its unit roundoffs of 6e-8: four steps, each through about 40
+# layers forward and back.
+TOLERANCE = 4 * 2 * 40 * 6e-8
+pytestmark = pytest.mark.xdist_group("diffusion")  # one process makes the tiny models once
+
+
+def random_vae(latent_channels: int = 4) -> AutoencoderKL:
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    return AutoencoderKL(
+        block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=latent_channels, **blocks
+    )
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Stable Diffusion: pictures of 16 pixels, latents of 8."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model")
+    pipe = tiny_pipeline(WORDS, 8, (8, 16), (False, True), 32, vae=random_vae(), prediction_type="epsilon")
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three pictures of different shapes, with captions."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    lines = []
+    for i, (height, width) in enumerate([(16, 16), (20, 40), (50, 30)]):
+        Image.fromarray(rng.integers(256, size=(height, width, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"a photo of {'red' if i else 'blue'} <V>"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture
+def train(model_folder: Path, data_folder: Path, tmp_path: Path) -> Callable[..., tuple[dict[str, Any], Path]]:
+    """Runs the recipe for four steps; returns the record and the output folder."""
+
+    def run_it(
+        name: str = "out", optimizer: dict[str, Any] | None = None, **settings: Any
+    ) -> tuple[dict[str, Any], Path]:
+        folder = tmp_path / name
+        given = {
+            "model": str(model_folder),
+            "data": str(data_folder),
+            "output_dir": str(folder),
+            "concept_init": ["dog"],
+            "max_steps": 4,
+            "train_batch_size": 2,
+            "inference_steps": 2,
+            "logging_steps": 1,
+            **settings,
+        }
+        args = OptimizerArguments(**{"learning_rate": 1e-2, "lr_scheduler_type": "constant", **(optimizer or {})})
+        return run(DiffusionArguments(**given), args), folder
+
+    return run_it
+
+
+@pytest.fixture
+def trained_pipe(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Holds the pipelines that the recipe loads while a test runs."""
+    seen: list[Any] = []
+
+    def load(*args: Any) -> Any:
+        seen.append(load_pipeline(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(diffusion_lora, "load_pipeline", load)
+    return seen
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The LoRA and the new rows that a run has saved."""
+    return {
+        **load_file(folder / "lora/pytorch_lora_weights.safetensors"),
+        **load_file(folder / "lora/learned_embeds.safetensors"),
+    }
+
+
+def largest_difference(one: Path, other: Path) -> float:
+    """The largest difference of two runs' weights, in units of the largest weight."""
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    return max(float((a[k] - b[k]).abs().max() / a[k].abs().max()) for k in a)
+
+
+def test_only_lora_and_new_rows_train(train: Any, trained_pipe: list[Any], model_folder: Path) -> None:
+    """Everything else is bitwise as it was, and both halves of every LoRA move under SGD-SaI."""
+    train(text_lora=True)
+    before = load_pipeline(str(model_folder))
+    config = DiffusionArguments(data="", concept_init=["dog"], text_lora=True)
+    add_trained_parts(before, config)
+    for part, count in (("unet", 2 * 4 * 2 * 4), ("text_encoder", 2 * 4 * 2 + 1), ("vae", 0)):
+        start = dict(getattr(before, part).named_parameters())
+        now = dict(getattr(trained_pipe[0], part).named_parameters())
+        moved = {name for name, p in now.items() if not torch.equal(p, start[name])}
+        assert moved == {name for name in start if "lora_" in name or ".rows." in name}
+        assert len(moved) == count
+
+
+def test_resume_is_bitwise(train: Any) -> None:
+    """Also with dropout, whose random numbers are the only ones not made from the sample's number."""
+    settings = {"checkpoint_steps": 2, "lora_dropout": 0.2, "text_lora": True}
+    whole, folder = train("whole", **settings)
+    resumed, again = train("again", resume=str(folder / "checkpoint-000002"), **settings)
+    assert resumed["steps"] == whole["steps"] == 4
+    assert resumed["history"] == whole["history"]
+    a, b = weights(folder), weights(again)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_killed_save_is_not_resumed(train: Any) -> None:
+    """What a killed save leaves behind is neither found nor in the way; `last` is the newest whole checkpoint."""
+    whole, folder = train(checkpoint_steps=2, checkpoints_kept=1)
+    assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-000004"]
+    broken = folder / "checkpoint-000006"  # not renamed, so without the file that is written last
+    shutil.copytree(folder / "checkpoint-000004", broken)
+    (broken / "progress.json").unlink()
+    resumed, _ = train(checkpoint_steps=2, checkpoints_kept=1, resume="last", max_steps=6)
+    assert resumed["history"][:4] == whole["history"]
+    assert [h["step"] for h in resumed["history"]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_resume_refuses_another_batch_or_lora(train: Any) -> None:
+    _, folder = train(checkpoint_steps=2)
+    for settings, rule in (({"train_batch_size": 3}, "samples a step"), ({"lora_r": 4}, "another LoRA")):
+        with pytest.raises(UserError, match=rule):
+            train("other", resume=str(folder / "checkpoint-000002"), **settings)
+    with pytest.raises(UserError, match="no checkpoint at 'last'"):
+        train("other", resume="last")
+
+
+def test_accumulation_and_cached_latents_change_nothing(train: Any) -> None:
+    """A batch of 2 is 2 batches of 1, and latents may be encoded beforehand: the same sums in another order."""
+    _, plain = train("plain", flip=True)
+    _, accumulated = train("accumulated", flip=True, train_batch_size=1, gradient_accumulation_steps=2)
+    _, cached = train("cached", flip=True, cache_latents=True)
+    assert largest_difference(plain, accumulated) < TOLERANCE
+    assert largest_difference(plain, cached) < TOLERANCE
+
+
+@pytest.mark.distributed
+def test_two_processes_equal_one_with_twice_the_batch(
+    train: Any, model_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    """Under the shipped launcher configuration, weights and logged losses are those of one process."""
+    record, single = train("single", train_batch_size=4)
+    settings = {
+        "model": model_folder,
+        "data": data_folder,
+        "output_dir": tmp_path / "double",
+        "concept_init": "dog",
+        "max_steps": 4,
+        "train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        ROOT / "accelerate_configs/cpu.yaml",
+    ]
+    command += [ROOT / "recipes/diffusion_lora.py", *(f"--{key}={value}" for key, value in settings.items())]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        list(map(str, command)), env=environment, capture_output=True, text=True, timeout=250, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "double/record.json").read_text())
+    assert found["processes"] == 2
+    assert found["samples_per_step"] == record["samples_per_step"] == 4
+    assert largest_difference(single, tmp_path / "double") < TOLERANCE
+    for mine, theirs in zip(record["history"], found["history"], strict=True):
+        assert mine.keys() == theirs.keys()
+        assert all(theirs[k] == pytest.approx(mine[k], rel=1e-5) for k in mine)
+
+
+def test_diffusers_loads_the_same_pixels(train: Any, model_folder: Path) -> None:
+    """A fresh stock pipeline draws what the training process drew, with alpha other than r and two vectors."""
+    _, folder = train(
+        optimizer={"learning_rate": 0.3},
+        text_lora=True,
+        lora_r=4,
+        lora_alpha=8,
+        concept_init=["random+dog"],
+        validation_prompts=["a photo of <V>"],
+    )
+    drawn = np.asarray(open_image(folder / "samples/step-000004/00.png")).astype(int)
+    pipe = StableDiffusionPipeline.from_pretrained(model_folder, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw() -> np.ndarray:
+        generator = torch.Generator().manual_seed(0)
+        [picture] = pipe("a photo of <V>", generator=generator, num_inference_steps=2).images
+        return np.asarray(picture).astype(int)
+
+    base = draw()
+    pipe.load_lora_weights(folder / "lora")
+    pipe.load_textual_inversion(folder / "lora")
+    assert abs(draw() - drawn).max() <= 1  # of 255: rounding
+    assert abs(base - drawn).max() > 5
+
+
+def test_samples_grid_and_card(train: Any) -> None:
+    """Samples before, during and after training; the grid has a row for each; the card says how it was trained."""
+    record, folder = train(
+        validation_prompts=["a photo of <V>", "a red <V>"], validation_steps=2, report_to="tensorboard"
+    )
+    drawn = sorted(str(p.relative_to(folder / "samples")) for p in folder.glob("samples/*/*.png"))
+    assert drawn == [f"step-{step:06d}/{i:02d}.png" for step in (0, 2, 4) for i in (0, 1)]
+    sheet = open_image(folder / "lora/grid.png")
+    assert sheet.height > 3 * 128
+    assert sheet.width > 2 * 128
+    card = (folder / "lora/README.md").read_text()
+    for text in ("sgd_sai", "| learning rate | 0.01 |", "load_textual_inversion", "grid.png", "`<V>`"):
+        assert text in card
+    assert record["concept"] == {"<V>": "dog"}
+    assert list(folder.rglob("events.out.tfevents*"))
+
+
+def test_prior_preservation_keeps_the_class(train: Any) -> None:
+    """Class images are drawn once, and their loss joins with its weight."""
+    record, folder = train(prior_prompt="a photo of dog", prior_images=2, prior_weight=0.5)
+    made = sorted((folder / "prior").iterdir())
+    assert [p.name for p in made] == ["00000.png", "00001.png"]
+    times = [p.stat().st_mtime_ns for p in made]
+    train(prior_prompt="a photo of dog", prior_images=2)
+    assert [p.stat().st_mtime_ns for p in made] == times
+    assert sum(len(h) for h in record["history"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("optim", "lr"), [("adamw_torch", 1e-3), ("scaled_adamw", 1e-3), ("prodigy", 1.0), ("sgd_sai", 1e-2)]
+)
+def test_every_optimizer_trains(train: Any, optim: str, lr: float) -> None:
+    if optim == "prodigy":
+        pytest.importorskip("prodigyopt")
+    record, folder = train(optimizer={"optim": optim, "learning_rate": lr}, max_steps=2)
+    assert record["config"]["optim"] == optim
+    assert all(torch.isfinite(w).all() for w in weights(folder).values())
+    assert any(w.abs().max() > 0 for name, w in weights(folder).items() if "lora_B" in name or "lora.up" in name)
+
+
+def test_half_precision_keeps_what_trains_in_float32(train: Any, trained_pipe: list[Any]) -> None:
+    AcceleratorState._reset_state()  # a process has one precision, other tests float32
+    train(mixed_precision="bf16", validation_prompts=["a photo of <V>"], gradient_checkpointing=True, max_steps=2)
+    dtypes = {p.requires_grad: p.dtype for p in trained_pipe[0].unet.parameters()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+    AcceleratorState._reset_state()
+
+
+def test_real_photographs(train: Any) -> None:
+    """The concept set as shipped: captions with `<V>`, metadata.jsonl."""
+    data = Path(os.environ.get("HF_SAI_DATA", ROOT.parent / "shared/data")) / "concept/dog6"
+    if not data.is_dir():
+        pytest.skip("no concept images here")
+    record, folder = train(data=str(data), max_steps=2)
+    assert record["images"] == 5
+    assert record["captions"] == ["a photo of <V> dog"]
+    assert weights(folder)["<V>"].shape == (1, 32)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"concept_init": None}, "concept_init is needed"),
+        ({"concept_init": ["zebra"]}, "'zebra' for <V> must be one token"),
+        ({"concept_init": ["dog", "toy"]}, "one entry for each of 1 concept tokens, got 2"),
+        ({"concept_tokens": ["dog"], "data": "captioned"}, "'dog' is already a token"),
+        ({"concept_tokens": ["<W>"]}, "no caption contains the concept token <W>"),
+        ({"resolution": 20}, "resolution must be a multiple of 8 for this model, got 20"),
+        ({"cache_latents": True, "random_crop": True}, "cache_latents needs the same crop"),
+        ({"cache_prompts": True}, "cache_prompts needs text encoders that do not train"),
+        ({"mixed_precision": "fp8"}, "mixed_precision must be one of no, fp16, bf16, got 'fp8'"),
+        ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\), got 1.0"),
+        ({"max_steps": 0}, "max_steps must be at least 1, got 0"),
+        ({"model": "missing_unet"}, "lacks unet"),
+        ({"model": "other_vae"}, "the VAE's latents have 3"),
+        ({"model": "other_text"}, "text of width 32, the text encoder's is 16"),
+        ({"model": "no_index"}, "no model_index.json"),
+    ],
+)
+def test_errors(train: Any, model_folder: Path, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    """Each names what is wrong; nothing is written."""
+    name = settings.get("model")
+    if name:
+        folder = tmp_path / name
+        shutil.copytree(model_folder, folder)
+        if name == "missing_unet":
+            shutil.rmtree(folder / "unet")
+        elif name == "no_index":
+            (folder / "model_index.json").unlink()
+        elif name == "other_vae":
+            random_vae(latent_channels=3).save_pretrained(folder / "vae")
+        else:
+            other = tiny_pipeline(WORDS, 8, (8, 16), (False, True), 16)
+            other.text_encoder.save_pretrained(folder / "text_encoder")
+        settings = {**settings, "model": str(folder)}
+    if settings.get("data") == "captioned":
+        folder = tmp_path / "captioned"
+        folder.mkdir()
+        Image.new("RGB", (16, 16)).save(folder / "0.png")
+        (folder / "0.txt").write_text("a photo of dog")
+        settings = {**settings, "data": str(folder)}
+    with pytest.raises(UserError, match=message):
+        train(**settings)
+    assert not (tmp_path / "out").exists()
