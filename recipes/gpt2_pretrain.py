@@ -19,7 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock
+from torch.nn.functional import cross_entropy
 from torch.utils.data import Subset
 from transformers import (
     AutoTokenizer,
@@ -31,12 +33,13 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, get_last_checkpoint
 
 from hf_sai.checkpoints import last_whole_checkpoint
 from recipes.common import StepTimer, UserError, check_writable, parse_config, run_main, write_bytes, write_json
 from recipes.optimizers import RecipeArguments, trainer_optimizer
 from recipes.pretrain_data import (
+    IGNORED,
     PackedBlocks,
     StreamedBlocks,
     cache_key,
@@ -103,7 +106,9 @@ class ModelArguments:
             raise UserError(f"dropout must be in [0, 1), got {self.dropout}")
         _, heads, width = SIZES[self.model_size]
         if (self.n_embd or width) % (self.n_head or heads):
-            raise UserError(f"n_embd must be a multiple of n_head, got {self.n_embd or width} and {self.n_head or heads}")
+            raise UserError(
+                f"n_embd must be a multiple of n_head, got {self.n_embd or width} and {self.n_head or heads}"
+            )
         if not 2 <= self.block_size <= self.n_positions:
             raise UserError(
                 f"block_size must be from 2 to n_positions ({self.n_positions}), got {self.block_size}: "
@@ -225,9 +230,10 @@ def build_model(options: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> 
         bos_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         attn_implementation=options.attn_implementation,
-        loss_type="ForCausalLM",  # what transformers would choose after a warning
     )
-    return GPT2LMHeadModel(config)
+    model = GPT2LMHeadModel(config)
+    model.loss_type = "ForCausalLM"  # transformers guesses it from the class's name, and fails to for GPT-2's
+    return model
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -268,6 +274,33 @@ class PretrainTrainer(Trainer):
         metrics = super().evaluate(*args, **kwargs)
         self.clock.since = time.perf_counter() if running else None
         return metrics
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The mean loss over tokens, each counted once, whatever the batch size and the number of processes.
+
+        The Trainer's own loop averages batch means, in which a padded block weighs as much as a full one, and where
+        the processes' batches do not come out even, some blocks twice.
+        """
+        model = self.model_wrapped.eval()
+        total, samples = torch.zeros(2, dtype=torch.float64), 0
+        for inputs in dataloader:
+            labels = inputs["labels"][:, 1:]
+            with torch.no_grad(), self.compute_loss_context_manager():
+                logits = model(input_ids=inputs["input_ids"]).logits[:, :-1].float()
+            losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+            sums = torch.stack([losses.view_as(labels).sum(1), (labels != IGNORED).sum(1)], dim=1)  # (batch, 2)
+            rows = self.accelerator.gather_for_metrics(sums)
+            total += rows.cpu().double().sum(0)
+            samples += len(rows)
+        loss = (total[0] / total[1]).item()
+        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss}, samples)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         logs["tokens"] = self.state.global_step * self.tokens_per_step
@@ -310,6 +343,10 @@ def checkpoint_to_resume(args: PretrainArguments) -> str | None:
         raise UserError(
             f"output_dir {args.output_dir} holds {Path(last).name} of an earlier run: "
             "continue it with --resume_from_checkpoint auto, or give another output_dir"
+        )
+    if args.resume_from_checkpoint is not None and not Path(args.resume_from_checkpoint).is_dir():
+        raise UserError(
+            f"resume_from_checkpoint: no folder at {args.resume_from_checkpoint!r}; `auto` finds the last one"
         )
     return args.resume_from_checkpoint
 

@@ -240,13 +240,17 @@ def _build(
 
 
 def _block(tokens: np.ndarray[Any, Any], block_size: int) -> dict[str, torch.Tensor]:
-    """`input_ids` and `labels`, both (block_size,) int64; a short tail is padded, its labels ignored by the loss."""
-    input_ids = torch.from_numpy(tokens.astype(np.int64))
-    missing = block_size - len(input_ids)
-    if missing == 0:
-        return {"input_ids": input_ids, "labels": input_ids}
-    padding = torch.zeros(missing, dtype=torch.int64)
-    return {"input_ids": torch.cat([input_ids, padding]), "labels": torch.cat([input_ids, padding + IGNORED])}
+    """`input_ids` and `labels`, both (block_size,) int64; a short tail is padded, its labels ignored by the loss.
+
+    The first label is ignored too: nothing predicts it, and a Trainer that counts it as a label (those of transformers
+    4, and of 5 where it does not recognise the loss) would divide the loss by block_size instead of block_size - 1.
+    """
+    input_ids = torch.zeros(block_size, dtype=torch.int64)
+    input_ids[: len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
+    labels = input_ids.clone()
+    labels[0] = IGNORED
+    labels[len(tokens) :] = IGNORED
+    return {"input_ids": input_ids, "labels": labels}
 
 
 class PackedBlocks(Dataset[dict[str, torch.Tensor]]):

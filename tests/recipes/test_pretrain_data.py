@@ -226,9 +226,10 @@ def test_every_token_but_the_first_is_predicted_once(length, block_size):
         assert block["input_ids"].shape == block["labels"].shape == (block_size,)
         kept = block["labels"] != IGNORED
         assert torch.equal(block["input_ids"][kept], block["labels"][kept])
-        predicted += block["labels"][1:][kept[1:]].tolist()
-        assert kept[:2].all()  # no block without anything to predict
-        assert i == len(blocks) - 1 or kept.all()
+        predicted += block["labels"][kept].tolist()
+        assert not kept[0]  # has no token before it, and must not be counted
+        assert kept[1]  # no block without anything to predict
+        assert i == len(blocks) - 1 or kept[1:].all()
     assert predicted == list(range(1, length))
     with pytest.raises(IndexError):
         blocks[len(blocks)]
