@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from hf_sai.checks import SCALINGS, block_name, check_group, check_parameters, check_state_dict
 from hf_sai.gsnr import BlockStatistics, is_dtensor, measure, scales, to_local
 from hf_sai.kernels import Block, Scalar, update_blocks, why_not_fused
-from hf_sai.state import allocate, restore, shard_number
+from hf_sai.state import allocate, restore, shard_number, wait, warmup_share
 
 if TYPE_CHECKING:
     from hf_sai.release import GradientRelease
@@ -55,7 +55,9 @@ class SGDSaI(Optimizer):
         weight_decay: lambda, decoupled, in units of 1/lr as AdamW's.
         scaling: ``"raw"``: scale = gsnr; ``"max"``: scale = gsnr / (largest gsnr), in (0, 1]; ``"adamw"``:
             scale = gsnr * c, where c gives the first update of the blocks calibrated in the same step the root mean
-            square that AdamW's first update has, lr, so that lr and weight_decay are in AdamW's units.
+            square that AdamW's first update has, lr, so that lr and weight_decay are in AdamW's units. A block whose
+            gradient is zero until others have moved (LoRA's A) has a gradient in proportion to how far they moved:
+            calibrated in a warm-up, its scale is multiplied by (sum of lr while it was zero) / (peak lr), at most 1.
         maximize: maximise instead of minimise.
         foreach: update many blocks in each launch; by default on CUDA where the fused path is not to be had.
         fused: one Triton launch for all blocks; by default on CUDA where Triton is installed.
@@ -271,7 +273,7 @@ class SGDSaI(Optimizer):
         known = self._host_scales.get(p)
         if known is None or known[0] is not scale or known[1] != scale._version:
             known = self._host_scales[p] = (scale, scale._version, scale.item())
-        return known[2]
+        return max(0.0, known[2])  # negative while a block waits in a warm-up: see state.wait
 
     # torch.compiler.disable would import the compiler together with this package; torch.optim uses this one too.
     @_disable_dynamo
@@ -313,6 +315,9 @@ class SGDSaI(Optimizer):
 
     def set_scales(self, measured: list[tuple[Taking, BlockStatistics]]) -> None:
         """Calibrate blocks from the statistics of their first gradients, and warn of what is odd about them."""
+        for t, s in measured:
+            if s.kind == "zero" and t.group["scaling"] == "adamw":
+                wait(t.state, t.group)
         for scaling in SCALINGS:
             usable = [(t, s) for t, s in measured if t.group["scaling"] == scaling and s.kind in ("usable", "constant")]
             if usable:
@@ -335,6 +340,9 @@ class SGDSaI(Optimizer):
             if (state := self.state.get(p))
         ]
         values = scales(statistics, scaling, max(calibrated, default=0.0))
+        if scaling == "adamw":
+            waited = [-self._host_scales[b.param][2] for b in blocks]
+            values = [v * warmup_share(w, b.group) for v, w, b in zip(values, waited, blocks, strict=True)]
         gsnr_tensors, scale_tensors = [b.state["gsnr"] for b in blocks], [b.state["scale"] for b in blocks]
         torch._foreach_zero_(gsnr_tensors + scale_tensors)
         torch._foreach_add_(gsnr_tensors, [s.gsnr for s in statistics])

@@ -1,8 +1,8 @@
 """What SGDSaI keeps of a parameter: allocated when it first has a gradient, loaded without a change of dtype.
 
-``momentum_buffer`` (absent when momentum is 0), ``gsnr`` and ``scale`` (0-dim float32, 0 until calibrated); with int8
-momentum ``momentum_scale`` (one dimension, float32); where something is rounded stochastically ``rounding_step``
-(0-dim int64). Nothing else decides the trajectory.
+``momentum_buffer`` (absent when momentum is 0), ``gsnr`` and ``scale`` (0-dim float32; until calibrated, ``gsnr`` is 0
+and ``scale`` not positive); with int8 momentum ``momentum_scale`` (one dimension, float32); where something is rounded
+stochastically ``rounding_step`` (0-dim int64). Nothing else decides the trajectory.
 """
 
 from collections.abc import MutableMapping
@@ -24,8 +24,13 @@ _DTYPES = {
 }
 
 
-def allocate(state: MutableMapping[str, Tensor], p: Tensor, group: dict[str, Any]) -> None:
+def allocate(
+    state: MutableMapping[str, Tensor], p: Tensor, group: dict[str, Any], blocks: tuple[int, ...] = ()
+) -> None:
     """Add to a parameter's state what its group asks for and it does not have yet, all of it zero.
+
+    Args:
+        blocks: the shape of ``gsnr`` and ``scale``; ``(n,)`` for a partition of DeepSpeed's with n blocks.
 
     Raises:
         ValueError: for int8 momentum of a sharded parameter.
@@ -48,10 +53,34 @@ def allocate(state: MutableMapping[str, Tensor], p: Tensor, group: dict[str, Any
             state["momentum_scale"] = torch.zeros(scale_count(p.numel()), dtype=torch.float32, device=p.device)
     for key in ("gsnr", "scale"):
         if key not in state:
-            state[key] = torch.zeros((), dtype=torch.float32, device=p.device)
+            state[key] = torch.zeros(blocks, dtype=torch.float32, device=p.device)
     stochastic = torch.int8 in stored or (group["stochastic_rounding"] and torch.bfloat16 in stored)
     if stochastic and "rounding_step" not in state:
         state["rounding_step"] = torch.zeros((), dtype=torch.int64, device=p.device)
+
+
+def wait(state: MutableMapping[str, Tensor], group: dict[str, Any]) -> None:
+    """Note that a block's gradient was all zero while the others were updated with the group's learning rate.
+
+    The sum of these learning rates is kept, negated, in ``scale``, which an uncalibrated block does not use.
+    """
+    if _peak_lr(group):
+        state["scale"].sub_(group["lr"])
+
+
+def warmup_share(waited: float, group: dict[str, Any]) -> float:
+    """How far the other blocks moved while this one waited, as a share of a step at the peak learning rate.
+
+    The gradient of LoRA's A is proportional to B, which starts at zero. After one step at 1/500 of the learning rate
+    it is 500 times smaller than after one at the whole, and a scale that made up for it would be 500 times too large
+    when the warm-up ends. 1.0 for a block that did not wait, or where no scheduler says what the peak is.
+    """
+    return min(1.0, waited / _peak_lr(group)) if waited > 0 else 1.0
+
+
+def _peak_lr(group: dict[str, Any]) -> float:
+    """The learning rate that a scheduler starts from or warms up to, 0.0 without a scheduler."""
+    return float(max(group.get("initial_lr", 0.0), group.get("max_lr", 0.0)))
 
 
 def restore(state: MutableMapping[str, Tensor], saved: dict[str, Any], p: Tensor, group: dict[str, Any]) -> None:

@@ -56,7 +56,7 @@ def gsnr_table(optimizer: Any, model: nn.Module) -> list[GSNRRow]:
     blocks = {**named, **{p: name for p, name in trained.items() if p not in named}}
     measured = _to_host([sgd_sai.state.get(p, {}) for p in blocks])
     return [
-        GSNRRow(name, tuple(p.shape), p.numel(), gsnr, scale, gsnr > 0.0)
+        GSNRRow(name, tuple(p.shape), p.numel(), gsnr, max(0.0, scale), gsnr > 0.0)
         for (p, name), (gsnr, scale) in zip(blocks.items(), measured, strict=True)
     ]
 

@@ -90,6 +90,61 @@ def test_each_step_of_calibration_has_its_own_adamw_factor() -> None:
     assert (b.detach() - before).square().mean().sqrt().item() == pytest.approx(0.1, rel=1e-5)
 
 
+def _adapter(warmup_steps: int, steps: int, scaling: str = "adamw", stop_at: int | None = None) -> SGDSaI:
+    """A product of two factors, the second zero at first as LoRA's B, trained with a linear warm-up from 0."""
+    torch.manual_seed(3)
+    a, b, x, y = block(4, 8), nn.Parameter(torch.zeros(5, 4)), torch.randn(16, 8), torch.randn(16, 5)
+    optimizer = SGDSaI([("a", a), ("b", b)], lr=1e-4, eps=0.0, weight_decay=0.0, scaling=scaling)
+    schedule = None
+    if warmup_steps:
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min(1.0, t / warmup_steps))
+    for i in range(steps):
+        if i == stop_at:
+            saved = copy.deepcopy(optimizer.state_dict())
+            optimizer = SGDSaI(optimizer.param_groups[0]["params"], lr=9.0)
+            optimizer.load_state_dict(saved)
+            schedule.optimizer = optimizer
+        optimizer.zero_grad()
+        ((x @ a.T @ b.T - y) ** 2).mean().backward()
+        optimizer.step()
+        if schedule:
+            schedule.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("warmup_steps", [10, 1000])
+def test_a_warmup_does_not_inflate_the_scale_of_a_late_block(warmup_steps: int) -> None:
+    """Without the correction the scale of LoRA's A would be `warmup_steps` times larger."""
+    without, with_warmup = _adapter(0, 3), _adapter(warmup_steps, 4)
+    expected, found = ([s["scale"].item() for s in o.state.values()] for o in (without, with_warmup))
+    # The step is so small that the gradient of a is linear in how far b has moved.
+    assert found == pytest.approx(expected, rel=1e-2)
+
+
+def test_a_warmup_does_not_touch_the_papers_scalings() -> None:
+    for scaling in ("raw", "max"):
+        expected, found = ([s["scale"].item() for s in _adapter(w, 4, scaling).state.values()] for w in (0, 1000))
+        assert found == pytest.approx(expected, rel=1e-2)
+
+
+def test_a_block_that_waits_in_a_warmup_is_resumed_exactly() -> None:
+    whole, resumed = _adapter(10, 5), _adapter(10, 5, stop_at=2)
+    for p, q in zip(whole.state.values(), resumed.state.values(), strict=True):
+        assert torch.equal(p["scale"], q["scale"])
+
+
+def test_a_block_without_gradient_in_a_warmup_is_scaled_by_its_own_gradient_alone() -> None:
+    a, b = block(6), block(4)
+    optimizer = SGDSaI([a, b], lr=0.1, weight_decay=0.0, scaling="adamw")
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: (t + 1) / 100)
+    for _ in range(3):
+        step(optimizer, torch.randn(6), None)
+        schedule.step()
+    gradient = torch.randn(4)
+    step(optimizer, torch.randn(6), gradient)
+    assert (optimizer.state[b]["scale"] * gradient).square().mean().sqrt().item() == pytest.approx(1.0, rel=1e-5)
+
+
 def test_nonfinite_first_gradient_leaves_its_block_alone_and_warns_once() -> None:
     a, b = block(3), block(4)
     optimizer = SGDSaI([("a.weight", a), ("b.weight", b)], weight_decay=0.1)
