@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from hf_sai.optimizer import SGDSaI
 
 if TYPE_CHECKING:
-    from hf_sai.callbacks import GSNRCallback, gsnr_table
+    from hf_sai.callbacks import GSNRCallback
+    from hf_sai.table import gsnr_table
     from hf_sai.trainer import (
         SaITrainer,
         SaITrainingArguments,
@@ -37,7 +38,7 @@ _LAZY = {
     "SaITrainer": "hf_sai.trainer",
     "SaITrainingArguments": "hf_sai.trainer",
     "create_sgd_sai": "hf_sai.trainer",
-    "gsnr_table": "hf_sai.callbacks",
+    "gsnr_table": "hf_sai.table",
     "register": "hf_sai.trainer",
     "sgd_sai_from_args": "hf_sai.trainer",
 }
