@@ -65,11 +65,24 @@ def check_parameters(group: Mapping[str, Any]) -> None:
                 f"SGDSaI trains real floating-point parameters, {block_name(group, i)} is {p.dtype}; "
                 "train the real view (torch.view_as_real) of a complex parameter"
             )
-        if getattr(p, "_fsdp_flattened", False):
-            raise ValueError(
-                f"{block_name(group, i)} is a flat parameter of FSDP1, whose g-SNR would be that of a mixture of "
-                "blocks; use FSDP2 (torch.distributed.fsdp.fully_shard, or fsdp_version: 2 in accelerate's config)"
-            )
+        check_whole(p, block_name(group, i))
+
+
+# What to use where parameters are sharded in a way that hides the blocks.
+INSTEAD = (
+    "use FSDP2 (torch.distributed.fsdp.fully_shard, or fsdp_version: 2 in accelerate's config), or DeepSpeed with ZeRO "
+    "stage 0, 1 or 2"
+)
+
+
+def check_whole(p: Tensor, name: str) -> None:
+    """Raise ValueError for a parameter that FSDP1 has flattened or ZeRO 3 has partitioned."""
+    if getattr(p, "_fsdp_flattened", False):
+        raise ValueError(
+            f"{name} is a flat parameter of FSDP1, whose g-SNR would be that of a mixture of blocks; {INSTEAD}"
+        )
+    if hasattr(p, "ds_id"):
+        raise ValueError(f"{name} is partitioned by DeepSpeed ZeRO 3, which hides what a block is; {INSTEAD}")
 
 
 def block_name(group: Mapping[str, Any], index: int) -> str:
@@ -79,8 +92,14 @@ def block_name(group: Mapping[str, Any], index: int) -> str:
     return f"parameter {index} of its group, of shape {tuple(group['params'][index].shape)},"
 
 
-def check_state_dict(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> None:
-    """Raise ValueError for a state dict that is none, or whose groups or entries do not fit the parameters."""
+def check_state_dict(
+    groups: list[dict[str, Any]], state_dict: Mapping[str, Any], block_counts: Mapping[Tensor, int]
+) -> None:
+    """Raise ValueError for a state dict that is none, or whose groups or entries do not fit the parameters.
+
+    Args:
+        block_counts: for a parameter that holds other than one block, how many.
+    """
     saved_groups, saved_state = _check_structure(state_dict)
     sizes, saved_sizes = [len(g["params"]) for g in groups], [len(g["params"]) for g in saved_groups]
     if sizes != saved_sizes:
@@ -95,7 +114,8 @@ def check_state_dict(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]
             if key in saved_state:
                 merged = {**group, **saved_group}
                 has_int8 = bool(merged["momentum"]) and momentum_dtype(p, merged["momentum_dtype"]) == torch.int8
-                _check_entry(saved_state[key], p, block_name(group, i), bool(merged["momentum"]), has_int8)
+                name, count = block_name(group, i), block_counts.get(p, 1)
+                _check_entry(saved_state[key], p, name, bool(merged["momentum"]), has_int8, count)
 
 
 def _check_structure(state_dict: Mapping[str, Any]) -> tuple[list[Any], Mapping[Any, Any]]:
@@ -132,15 +152,17 @@ def _check_names(group: Mapping[str, Any], saved_group: Mapping[str, Any]) -> No
         )
 
 
-def _check_entry(entry: Any, p: Tensor, name: str, has_momentum: bool, has_int8: bool) -> None:
+def _check_entry(entry: Any, p: Tensor, name: str, has_momentum: bool, has_int8: bool, count: int) -> None:
     if not isinstance(entry, Mapping):
         raise ValueError(f"the state of {name} must be a dict, the state dict has {entry!r:.80}")
     for key in ("gsnr", "scale"):
         value = entry.get(key)
-        if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
+        if not isinstance(value, Tensor) or value.numel() != count or value.is_complex():
             raise ValueError(f"the state of {name} has no number {key!r}: this is not a state dict of SGDSaI")
-        if not (math.isfinite(value.item()) and value.item() >= 0):
-            raise ValueError(f"{key} of {name} must be finite and >= 0, the state dict has {value.item()}")
+        for number in value.flatten().tolist():
+            # The scale of a block that waits for its first gradient can be negative: see state.wait.
+            if not (math.isfinite(number) and (number >= 0 or key == "scale")):
+                raise ValueError(f"{key} of {name} must be finite and >= 0, the state dict has {number}")
     for key, value in entry.items():
         if key not in STATE:
             raise ValueError(f"the state of {name} has an entry {key!r}; that of SGDSaI has only {', '.join(STATE)}")
@@ -159,9 +181,9 @@ def _check_entry(entry: Any, p: Tensor, name: str, has_momentum: bool, has_int8:
             f"momentum_buffer of {name} must have the parameter's shape {tuple(p.shape)}, "
             f"the state dict has {tuple(buffer.shape)}: it belongs to another model"
         )
-    if has_momentum and (buffer.dtype == torch.int8) != has_int8:
+    if has_momentum and buffer is not None and (buffer.dtype == torch.int8) != has_int8:
         raise ValueError(
-            f"momentum_buffer of {name} must be {'int8' if has_int8 else 'of a floating-point dtype'}, as momentum_dtype "
+            f"momentum_buffer of {name} must be {'int8' if has_int8 else 'floating-point'}, as momentum_dtype "
             f"of its group says, the state dict has {buffer.dtype}"
         )
     momentum_scales = entry.get("momentum_scale")

@@ -12,9 +12,10 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from hf_sai.checks import SCALINGS, block_name, check_group, check_parameters, check_state_dict
-from hf_sai.gsnr import BlockStatistics, is_dtensor, measure, scales, to_local
+from hf_sai.gsnr import BlockStatistics, Segment, is_dtensor, measure, scales, to_local
 from hf_sai.kernels import Block, Scalar, update_blocks, why_not_fused
 from hf_sai.state import allocate, restore, shard_number, wait, warmup_share
+from hf_sai.zero import Given
 
 if TYPE_CHECKING:
     from hf_sai.release import GradientRelease
@@ -25,13 +26,13 @@ class Taking(NamedTuple):
 
     group: dict[str, Any]
     place: int  # in the group
-    param: Tensor
+    param: Tensor | Segment
     grad: Tensor | None  # None: only to join the collectives of a sharded block
     state: dict[str, Tensor]
 
     @property
     def name(self) -> str:
-        return block_name(self.group, self.place)
+        return self.param.name if isinstance(self.param, Segment) else block_name(self.group, self.place)
 
 
 class SGDSaI(Optimizer):
@@ -114,13 +115,15 @@ class SGDSaI(Optimizer):
             "stochastic_rounding": stochastic_rounding,
         }
         check_group(defaults)
+        self._given = Given()
         super().__init__(params, defaults)
         self._forget()
 
     def _forget(self) -> None:
         """Drop what is derived from the state: the scales on the host, the warnings given, the count for the log."""
-        self._host_scales: dict[Tensor, tuple[Tensor, int, float]] = {}
-        self._seeds: dict[Tensor, int] = {}
+        self._host_scales: dict[Tensor | Segment, tuple[Tensor, int, float]] = {}
+        self._deferred: list[tuple[Taking, BlockStatistics]] = []
+        self._seeds: dict[Tensor | Segment, int] = {}
         self._warned: set[str] = set()
         self._steps = 0
 
@@ -129,6 +132,10 @@ class SGDSaI(Optimizer):
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
+        if "_given" not in self.__dict__:  # a copy, or from a pickle
+            self._given = Given()
+            for group in self.param_groups:
+                self._given.add(group)
         self._forget()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -141,14 +148,15 @@ class SGDSaI(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
+        self._given.add(self.param_groups[-1])
 
     def state_dict(self) -> dict[str, Any]:
         """The state of every trained block, also of one that has had no gradient yet: loaders look for every entry."""
         if self.state:
             for group in self.param_groups:
-                for p in group["params"]:
+                for place, p in enumerate(group["params"]):
                     if p.requires_grad:
-                        self._state_of(p, group)
+                        self._state_of(group, place)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -162,15 +170,20 @@ class SGDSaI(Optimizer):
         final: list[dict[str, Any]] = []
 
         def check(_: Optimizer, given: dict[str, Any]) -> None:
-            check_state_dict(self.param_groups, given)
+            check_state_dict(self.param_groups, given, self._given.block_counts())
             final.append(given)
 
         # Registered last, so that it sees what the user's own hooks made of the state dict.
         hook = self.register_load_state_dict_pre_hook(check)
+        groups = self.param_groups
+        for group in groups:
+            for place in range(len(group["params"])):
+                self._given.check(group, place)
         try:
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
+        self._given.replace(groups, self.param_groups)
         # torch has cast every tensor to its parameter's dtype: take the saved ones instead.
         for group, saved in zip(self.param_groups, final[0]["param_groups"], strict=True):
             for p, key in zip(group["params"], saved["params"], strict=True):
@@ -229,7 +242,7 @@ class SGDSaI(Optimizer):
             self._release.finish()
             return loss
         taking = [
-            [t for place in range(len(group["params"])) if (t := self.taking(group, place))]
+            [t for place in range(len(group["params"])) for t in self._parts(group, place)]
             for group in self.param_groups
         ]
         roles, scaled = self._calibrate([t for members in taking for t in members])
@@ -240,7 +253,20 @@ class SGDSaI(Optimizer):
                 by_role[next(places)].append(t)
             self.update(group, by_role["first"], first=True, scaled=scaled)
             self.update(group, by_role["update"], scaled=scaled)
+        if self._deferred and self._given.is_last(self.param_groups[-1]):
+            self._calibrate_deferred([])
         return loss
+
+    def _parts(self, group: dict[str, Any], place: int) -> list[Taking]:
+        """A parameter, or the blocks in it where it is a partition of DeepSpeed's."""
+        taking = self.taking(group, place)
+        if taking is None:
+            return []
+        partition = self._given.partition(group["params"][place])
+        if partition is None or taking.grad is None:
+            return [taking]
+        parts = zip(partition.segments, partition.split(taking.grad), partition.states(taking.state), strict=True)
+        return [Taking(group, place, segment, grad, state) for segment, grad, state in parts]
 
     def taking(self, group: dict[str, Any], place: int) -> Taking | None:
         """A parameter with its gradient and its state; None if it has no part in this step."""
@@ -257,17 +283,22 @@ class SGDSaI(Optimizer):
             )
         elif is_dtensor(p) and grad.placements != p.placements:
             grad = grad.redistribute(placements=p.placements)
-        return Taking(group, place, p, grad, self._state_of(p, group)) if p.numel() else None
+        return Taking(group, place, p, grad, self._state_of(group, place)) if p.numel() else None
 
-    def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+    def _state_of(self, group: dict[str, Any], place: int) -> dict[str, Tensor]:
+        p = group["params"][place]
+        if "scale" not in self.state.get(p, {}):
+            self._given.check(group, place)
+            partition = self._given.partition(p)
+            allocate(self.state[p], p, group, blocks=(len(partition.segments),) if partition else ())
         state: dict[str, Tensor] = self.state[p]
-        if "scale" not in state:
-            allocate(state, p, group)
         return state
 
-    def host_scale(self, p: Tensor) -> float:
+    def host_scale(self, p: Tensor | Segment, state: Mapping[str, Tensor] | None = None) -> float:
         """The scale of a block, 0.0 while it is not calibrated; synchronises only where the state has changed."""
-        scale = self.state[p].get("scale") if p in self.state else None
+        if state is None:
+            state = self.state.get(p, {}) if isinstance(p, Tensor) else {}
+        scale = state.get("scale")
         if scale is None:
             return 0.0
         known = self._host_scales.get(p)
@@ -286,7 +317,7 @@ class SGDSaI(Optimizer):
         """
         self._steps += 1
         roles = ["skip" if t.grad is None else "update" for t in taking]
-        waiting = [i for i, t in enumerate(taking) if not self.host_scale(t.param)]
+        waiting = [i for i, t in enumerate(taking) if not self.host_scale(t.param, t.state)]
         if not waiting:
             return roles, True
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -304,14 +335,30 @@ class SGDSaI(Optimizer):
         kinds = self.calibrate([taking[i] for i in waiting])
         for i, kind in zip(waiting, kinds, strict=True):
             if taking[i].grad is not None:
-                roles[i] = {"usable": "first", "constant": "first", "zero": "update", "nonfinite": "skip"}[kind]
+                roles[i] = {"usable": "first", "constant": "first", "zero": "update"}.get(kind, "skip")
         return roles, False
 
     def calibrate(self, taking: list[Taking]) -> list[str]:
         """Measure gradients and set the scales of those that are usable; returns the kind of each."""
         statistics = measure([t.param for t in taking], [t.grad for t in taking], [t.group["eps"] for t in taking])
-        self.set_scales(list(zip(taking, statistics, strict=True)))
+        measured = list(zip(taking, statistics, strict=True))
+        if isinstance(taking[0].param, Segment) and not self._given.is_last(taking[0].group):
+            self._deferred += measured
+            return ["zero" if s.kind == "zero" else "deferred" for s in statistics]
+        self._calibrate_deferred(measured)
         return [s.kind for s in statistics]
+
+    def _calibrate_deferred(self, measured: list[tuple[Taking, BlockStatistics]]) -> None:
+        """Set the scales of these blocks and of those in groups that DeepSpeed stepped before; update the latter."""
+        deferred, self._deferred = self._deferred, []
+        self.set_scales(deferred + measured)
+        ready = [t for t, s in deferred if s.kind in ("usable", "constant")]
+        for group in self._given.groups():
+            self.update(group, [t for t in ready if t.group is group], first=True)
+        for group, place in {id(t.group): (t.group, t.place) for t in ready}.values():
+            partition = self._given.partition(group["params"][place])
+            assert partition is not None
+            partition.publish()
 
     def set_scales(self, measured: list[tuple[Taking, BlockStatistics]]) -> None:
         """Calibrate blocks from the statistics of their first gradients, and warn of what is odd about them."""
@@ -333,8 +380,8 @@ class SGDSaI(Optimizer):
 
     def _set_scales(self, scaling: str, blocks: tuple[Taking, ...], statistics: tuple[BlockStatistics, ...]) -> None:
         calibrated = [
-            state["gsnr"].item()
-            for group in self.param_groups
+            state["gsnr"].max().item()
+            for group in self._given.groups()
             if group["scaling"] == scaling == "max"
             for p in group["params"]
             if (state := self.state.get(p))
@@ -396,7 +443,7 @@ class SGDSaI(Optimizer):
                     None if buffer is None else to_local(buffer),
                     state.get("momentum_scale"),
                     state["scale"],
-                    state["scale"] if compiling else self.host_scale(t.param),
+                    state["scale"] if compiling else self.host_scale(t.param, state),
                     state.get("rounding_step"),
                     self._seed(t.param) if "rounding_step" in state else 0,
                 )
@@ -418,7 +465,7 @@ class SGDSaI(Optimizer):
         if counters:
             torch._foreach_add_(counters, 1 if found_inf is None else (found_inf.to(counters[0].device) == 0).long())
 
-    def _seed(self, p: Tensor) -> int:
+    def _seed(self, p: Tensor | Segment) -> int:
         """A number of a parameter's own: its place in the optimizer, and which of its shards this process holds."""
         if p not in self._seeds:
             params = [q for group in self.param_groups for q in group["params"]]
