@@ -158,7 +158,7 @@ def run(config: DiffusionArguments, args: OptimizerArguments) -> dict[str, Any]:
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         mixed_precision=config.mixed_precision,
         log_with=config.report_to,
-        project_dir=str(output_dir / "logs"),
+        project_dir=str(output_dir / "logs") if config.report_to else None,
     )
     sharded = accelerator.distributed_type == DistributedType.FSDP
     samples_per_step = config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps

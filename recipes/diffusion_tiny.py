@@ -133,6 +133,10 @@ def tiny_pipeline(
         norm_num_groups=8,
         down_block_types=["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in attention],
         up_block_types=["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(attention)],
+        # The text also scales the channels of every block: colours are learned far sooner than by attention alone.
+        addition_embed_type="text",
+        addition_embed_type_num_heads=4,
+        resnet_time_scale_shift="scale_shift",
     )
     scheduler = DDIMScheduler(
         beta_schedule="squaredcos_cap_v2",

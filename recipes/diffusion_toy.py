@@ -1,6 +1,6 @@
 """The toy world of the embedded diffusion demo: drawings with captions, and a detector that reads a drawing back.
 
-A drawing is one object on white: a shape with a pattern and a colour, in one of four places. A caption names them:
+A drawing is one object on grey: a shape with a pattern and a colour, in one of four places. A caption names them:
 "a red striped circle at the top left" ("plain" is not said). One combination of shape and pattern is kept out of
 pretraining: it is the concept that a LoRA learns from five drawings.
 """
@@ -14,7 +14,8 @@ import numpy as np
 SIZE = 16  # pixels a side
 SHAPES = ("circle", "square", "triangle")
 PATTERNS = ("plain", "striped", "framed")
-COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (40, 70, 220), "yellow": (235, 190, 20)}
+COLOURS = {"red": (255, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 255), "yellow": (255, 230, 30)}
+BACKGROUND = 150  # grey: on white, colour is little of what there is to learn
 PLACES = {"top left": (5, 5), "top right": (5, 11), "bottom left": (11, 5), "bottom right": (11, 11)}  # row, column
 CONCEPT = ("triangle", "striped")
 _RADIUS = 4
@@ -67,7 +68,7 @@ def _masks(shape: str, pattern: str, row: int, column: int) -> tuple[np.ndarray,
 def _paint(shape: str, pattern: str, colour: str, row: int, column: int) -> np.ndarray:
     """The picture, (SIZE, SIZE, 3) floats in [0, 255]."""
     inside, black = (mask[..., None] for mask in _masks(shape, pattern, row, column))
-    return 255.0 * (1 - inside) + np.array(COLOURS[colour]) * (inside - black)
+    return BACKGROUND * (1 - inside) + np.array(COLOURS[colour]) * (inside - black)
 
 
 def draw(drawing: Drawing, rng: np.random.Generator) -> np.ndarray:
@@ -95,7 +96,7 @@ def _templates() -> tuple[list[Drawing], np.ndarray, np.ndarray]:
         for down, right in itertools.product(shifts, shifts):
             shown.append(drawing)
             pictures.append(_paint(drawing.shape, drawing.pattern, drawing.colour, row + down, column + right))
-    flat = np.stack(pictures).reshape(len(shown), -1).astype(np.float32) / 255 - 1  # white is 0
+    flat = np.stack(pictures).reshape(len(shown), -1).astype(np.float32) / 255 - BACKGROUND / 255
     return shown, flat, (flat**2).sum(axis=1)
 
 
@@ -104,10 +105,10 @@ def detect(pictures: np.ndarray, tolerance: float = 0.3) -> list[Drawing | None]
 
     Args:
         pictures: (n, SIZE, SIZE, 3) uint8.
-        tolerance: the largest squared distance to a drawing, as a share of the drawing's own to white.
+        tolerance: the largest squared distance to a drawing, as a share of the drawing's own to the empty one.
     """
     shown, templates, energy = _templates()
-    flat = pictures.reshape(len(pictures), -1).astype(np.float32) / 255 - 1
+    flat = pictures.reshape(len(pictures), -1).astype(np.float32) / 255 - BACKGROUND / 255
     distance = (flat**2).sum(axis=1)[:, None] - 2 * flat @ templates.T + energy  # (n, templates), squared
     best = distance.argmin(axis=1)
     return [shown[j] if distance[i, j] <= tolerance * energy[j] else None for i, j in enumerate(best)]

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 pytest.importorskip("diffusers")
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 
-from recipes import diffusion_lora
+from recipes import diffusion_grid, diffusion_lora
 from recipes.common import UserError
 from recipes.diffusion_config import DiffusionArguments
 from recipes.diffusion_data import open_image
@@ -256,6 +256,20 @@ def test_samples_grid_and_card(train: Any) -> None:
     assert list(folder.rglob("events.out.tfevents*"))
 
 
+def test_grid_of_several_runs(train: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A row for each run, labelled by its optimizer and learning rate; other prompts are refused."""
+    runs = [str(train(name, max_steps=1, validation_prompts=["a red <V>"])[1]) for name in ("one", "two")]
+    picture = tmp_path / "both.png"
+    monkeypatch.setattr(sys, "argv", ["diffusion_grid.py", "--runs", *runs, "--output", str(picture), "--cell", "40"])
+    diffusion_grid.main()
+    assert open_image(picture).height > 2 * 40
+    assert diffusion_grid.last_samples(Path(runs[0]))[0] == "sgd_sai 0.01"
+    record = Path(runs[1]) / "record.json"
+    record.write_text(record.read_text().replace("a red <V>", "a blue <V>"))
+    with pytest.raises(UserError, match="has other prompts than"):
+        diffusion_grid.main()
+
+
 def test_prior_preservation_keeps_the_class(train: Any) -> None:
     """Class images are drawn once, and their loss joins with its weight."""
     record, folder = train(prior_prompt="a photo of dog", prior_images=2, prior_weight=0.5)
@@ -342,4 +356,4 @@ def test_errors(train: Any, model_folder: Path, tmp_path: Path, settings: dict[s
         settings = {**settings, "data": str(folder)}
     with pytest.raises(UserError, match=message):
         train(**settings)
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out/*"))

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 pytest.importorskip("diffusers")
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -56,13 +56,16 @@ def tiny_xl() -> StableDiffusionXLPipeline:
     )
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
     vae = AutoencoderKL(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, **blocks)
-    parts = {"vae": vae, "unet": unet, "scheduler": EulerDiscreteScheduler(), "add_watermarker": False}
+    scheduler = DDIMScheduler(clip_sample=False, steps_offset=1)
     return StableDiffusionXLPipeline(
         text_encoder=encoders[0],
         text_encoder_2=encoders[1],
         tokenizer=tokenizers[0],
         tokenizer_2=tokenizers[1],
-        **parts,
+        vae=vae,
+        unet=unet,
+        scheduler=scheduler,
+        add_watermarker=False,
     )
 
 
