@@ -13,9 +13,7 @@ if TYPE_CHECKING:
     from hf_sai.table import GSNRRow
 
 
-def plot_losses(
-    histories: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Path, title: str = "Loss"
-) -> Path:
+def plot_losses(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Path, title: str = "Loss") -> Path:
     """Draw training loss (thin) and evaluation loss (thick, with marks) against the step, one colour a run.
 
     Args:
@@ -51,10 +49,10 @@ def plot_losses(
 
 
 def plot_gsnr(rows: "Sequence[GSNRRow]", path: str | Path) -> Path:
-    """Draw the g-SNR of every calibrated block in the model's order, on a logarithmic axis.
+    """Draw the g-SNR of every calibrated block, in the model's order from the top, on a logarithmic axis.
 
-    A line shows sqrt(d), about which a zero-mean gradient of d elements lies: a block above it has a gradient with a
-    mean that stands out of its noise.
+    A mark shows sqrt(d), about which a zero-mean gradient of d elements lies: a block to its right has a gradient with
+    a mean that stands out of its noise.
 
     Args:
         rows: what :func:`hf_sai.gsnr_table` returns.
@@ -69,19 +67,20 @@ def plot_gsnr(rows: "Sequence[GSNRRow]", path: str | Path) -> Path:
     calibrated = [row for row in rows if row.calibrated]
     if not calibrated:
         raise ValueError("no block is calibrated yet: plot after the first optimizer step")
-    named = len(calibrated) <= 60  # more names than that cannot be read
-    figure = _figure(max(7.0, 0.18 * len(calibrated)) if named else 12.0, 7.0 if named else 5.0)
+    named = len(calibrated) <= 100  # more names than that cannot be read
+    figure = _figure(9, max(2.5, 0.17 * len(calibrated) + 1) if named else 10)
     axes = figure.add_subplot()
     places = range(len(calibrated))
-    axes.plot(places, [math.sqrt(row.numel) for row in calibrated], color="0.6", linewidth=1, label="sqrt(d)")
-    axes.scatter(places, [row.gsnr for row in calibrated], s=14, label="g-SNR")
-    axes.set_yscale("log")
-    axes.set_ylabel("g-SNR of the first gradient")
+    axes.scatter([math.sqrt(row.numel) for row in calibrated], places, s=40, marker="|", color="0.5", label="sqrt(d)")
+    axes.scatter([row.gsnr for row in calibrated], places, s=14, label="g-SNR")
+    axes.set_xscale("log")
+    axes.set_xlabel("g-SNR of the first gradient")
+    axes.invert_yaxis()
     axes.set_title(f"{len(calibrated)} of {len(rows)} blocks calibrated")
     if named:
-        axes.set_xticks(places, [_plain(row.name) for row in calibrated], rotation=90, fontsize=6)
+        axes.set_yticks(places, [_plain(row.name) for row in calibrated], fontsize=6)
     else:
-        axes.set_xlabel("block, in the model's order")
+        axes.set_ylabel("block, in the model's order")
     axes.grid(alpha=0.3)
     axes.legend()
     return _save(figure, path)

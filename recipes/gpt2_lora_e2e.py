@@ -70,6 +70,10 @@ class E2EArguments:
     lora_r: int = field(default=4, metadata={"help": "Rank of the adapter."})
     lora_alpha: int = field(default=32, metadata={"help": "The adapter's output is multiplied by alpha / r."})
     lora_dropout: float = 0.1
+    base_dropout: float = field(
+        default=0.0,
+        metadata={"help": "In the base while training, instead of its own; the baselines have none."},
+    )
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Names of the adapted layers; by default PEFT's choice: c_attn in a GPT-2."}
     )
@@ -92,8 +96,9 @@ class E2EArguments:
         for name in ("max_train_rows", "max_eval_rows", "max_test_mrs"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, or left out for all, got {getattr(self, name)}")
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise UserError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
+        for name in ("lora_dropout", "base_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise UserError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.no_repeat_ngram_size < 0:
             raise UserError(f"no_repeat_ngram_size must be at least 0, got {self.no_repeat_ngram_size}")
         if not math.isfinite(self.length_penalty):
@@ -129,8 +134,23 @@ def load_model(name: str) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def check_lengths(model: Any, tokenizer: Any, groups: list[Group], config: E2EArguments) -> int:
+    """The length of training sequences, no longer than the model's positions; prompts and outputs must fit in these."""
+    positions = getattr(model.config, "max_position_embeddings", None) or config.max_length
+    longest = max(len(ids) for ids in prompt_ids(tokenizer, [one.mr for one in groups]))
+    if longest + config.max_new_tokens > positions:
+        raise UserError(
+            f"max_new_tokens: the longest prompt has {longest} tokens, which leaves {positions - longest} of the "
+            f"model's {positions} positions for the output, got {config.max_new_tokens}"
+        )
+    return min(config.max_length, positions)
+
+
 def add_adapter(model: Any, config: E2EArguments) -> Any:
     """The model with a LoRA adapter, its only trainable part."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = config.base_dropout
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_r,
@@ -287,8 +307,9 @@ def run(config: E2EArguments, args: RecipeArguments) -> dict[str, Any]:
         data = load_e2e(config.data, config.data_revision)
         model, tokenizer = load_model(config.model)
     groups = group(data.test)[: config.max_test_mrs]
-    train = E2ETokens(data.train[: config.max_train_rows], tokenizer, config.max_length)
-    validation = E2ETokens(data.validation[: config.max_eval_rows], tokenizer, config.max_length)
+    max_length = check_lengths(model, tokenizer, groups, config)
+    train = E2ETokens(data.train[: config.max_train_rows], tokenizer, max_length)
+    validation = E2ETokens(data.validation[: config.max_eval_rows], tokenizer, max_length)
     model = add_adapter(model, config)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
