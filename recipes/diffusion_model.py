@@ -204,6 +204,9 @@ class ConceptModel(nn.Module):
         super().__init__()
         self.unet = unet
         self.text_encoders = nn.ModuleList(text_encoders)
+        # FSDP shards these one by one.
+        layers = {type(module).__name__ for module in self.modules()} & {"BasicTransformerBlock", "CLIPEncoderLayer"}
+        self._no_split_modules = sorted(layers)
 
     def forward(
         self, noisy: Tensor, timesteps: Tensor, text: list[Tensor], pooled: Tensor | None, sizes: Tensor

@@ -23,10 +23,14 @@ from recipes.common import UserError, did_you_mean
 # The names a recipe's `optim` takes besides transformers' own.
 OWN_OPTIMIZERS = ("sgd_sai", "sgd_sai_authors", "sgdm", "adam_mini", "prodigy", "scaled_adamw", "scaled_sgd")
 
+# Short names of transformers' own.
+_SHORT_NAMES = {"adamw": "adamw_torch", "adamw8bit": "adamw_8bit"}
+
 
 def check_optimizer_name(name: str) -> str | OptimizerNames:
     """The name itself for one of `OWN_OPTIMIZERS`, transformers' enum member for one of its own."""
     name = getattr(name, "value", name)
+    name = _SHORT_NAMES.get(name, name)
     if name in OWN_OPTIMIZERS:
         return name
     stock = [member.value for member in OptimizerNames]
