@@ -1,0 +1,114 @@
+"""Runs on two ranks under torchrun: DeepSpeed on the CPU, every stage; rank 0 writes the numbers as JSON.
+
+torchrun --nproc-per-node 2 zero_worker.py OUTPUT.json CHECKPOINTS
+"""
+
+import json
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
+
+import deepspeed
+import torch.distributed as dist
+from cases import batch, build, weights
+from torch import nn
+
+from hf_sai import SGDSaI
+
+# DeepSpeed would compile a shared-memory collective here, for a minute, that these tests have no use for.
+sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+
+STEPS, SAVED_AT, CLIP = 20, 10, 0.05
+
+
+def groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Two groups, so that the scales of one depend on the other; blocks of both straddle the two ranks' partitions."""
+    named = list(model.named_parameters())
+    return [{"params": named[:6]}, {"params": named[6:], "weight_decay": 0.0}]
+
+
+def make(model: nn.Module, scaling: str) -> SGDSaI:
+    return SGDSaI(groups(model), lr=1e-2 if scaling == "adamw" else 1e-3, scaling=scaling)
+
+
+def start(scaling: str, seed: int = 0, **config: Any) -> tuple[Any, SGDSaI]:
+    model = build(seed=seed)
+    optimizer = make(model, scaling)
+    settings = {"train_micro_batch_size_per_gpu": 4, "gradient_clipping": CLIP, "zero_allow_untested_optimizer": True}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config={**settings, **config})
+    return engine, optimizer
+
+
+def go(engine: Any, steps: range) -> None:
+    rows = slice(dist.get_rank() * 4, dist.get_rank() * 4 + 4)
+    for step in steps:
+        tokens, targets = batch(step)
+        output = engine(tokens[rows], use_late=step >= 12)
+        engine.backward((output.float() - targets[rows]).square().mean())
+        engine.step()
+
+
+def report(engine: Any, optimizer: SGDSaI) -> dict[str, Any]:
+    gsnr = [optimizer.state[p]["gsnr"].flatten().tolist() for group in optimizer.param_groups for p in group["params"]]
+    return {"gsnr": [x for block in gsnr for x in block], "weights": weights(engine.module)}
+
+
+def trained(scaling: str, **config: Any) -> dict[str, Any]:
+    engine, optimizer = start(scaling, **config)
+    go(engine, range(STEPS))
+    return report(engine, optimizer)
+
+
+def resumed(number: int, folder: Path) -> dict[str, Any]:
+    """Saved after ten steps, loaded into a new engine, trained on: the same bits as without."""
+    engine, optimizer = start("adamw", zero_optimization={"stage": number})
+    go(engine, range(SAVED_AT))
+    engine.save_checkpoint(str(folder))
+    go(engine, range(SAVED_AT, STEPS))
+    whole = report(engine, optimizer)
+    engine, optimizer = start("adamw", seed=99, zero_optimization={"stage": number})
+    engine.load_checkpoint(str(folder))
+    go(engine, range(SAVED_AT, STEPS))
+    return {"whole": whole, "resumed": report(engine, optimizer)}
+
+
+def refused(**config: Any) -> dict[str, Any]:
+    try:
+        engine, _ = start("raw", **config)
+        go(engine, range(1))
+    except ValueError as problem:
+        return {"error": str(problem)}
+    return {"error": None}
+
+
+def main() -> None:
+    output, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    logging.disable(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    deepspeed.init_distributed("gloo")
+    bf16 = {"bf16": {"enabled": True}}
+    stages = {number: {"zero_optimization": {"stage": number}} for number in range(4)}
+    results = {
+        **{f"{n}_{scaling}": trained(scaling, **stages[n]) for n in (0, 1, 2) for scaling in ("raw", "max", "adamw")},
+        **{f"{n}_bf16": trained("adamw", **stages[n], **bf16) for n in (0, 1, 2)},
+        # Another optimizer of DeepSpeed's, which steps all groups at once.
+        "1_bf16_sums_in_float32": trained("adamw", **stages[1], **bf16, data_types={"grad_accum_dtype": "fp32"}),
+        **{f"{n}_resumed": resumed(n, folder / str(n)) for n in (1, 2)},
+        "3": refused(**stages[3]),
+    }
+    everywhere: list[Any] = [None, None]
+    dist.all_gather_object(everywhere, results)
+    if dist.get_rank() == 0:
+        scratch = output.with_suffix(".tmp")
+        scratch.write_text(json.dumps(everywhere))
+        os.replace(scratch, output)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
