@@ -58,7 +58,7 @@ def update_single_tensor(
         p, g, m = b.param, b.grad, b.momentum_buffer
         step = lr * b.host_scale
         if _is_native(b):
-            whole = p.device.type != "cpu" or p.numel() <= _CPU_PIECE or torch.compiler.is_compiling()
+            whole = not p.is_cpu or p.numel() <= _CPU_PIECE or torch.compiler.is_compiling()
             for p_, g_, m_, _ in [(p, g, m, 0)] if whole else _pieces(p, g, m, _CPU_PIECE):
                 _update_piece(p_, g_, m_, decay, step, momentum, maximize)
             continue
@@ -146,7 +146,7 @@ def update_blocks(
         found_inf: one element; where it is not 0 nothing is changed.
     """
     compiling = torch.compiler.is_compiling()
-    wanted = fused if fused is not None else not foreach and all(b.param.device.type == "cuda" for b in blocks)
+    wanted = fused if fused is not None else not foreach and all(b.param.is_cuda for b in blocks)
     by_triton: list[Block] = []
     rest: list[Block] = []
     for b in blocks:
@@ -160,7 +160,7 @@ def update_blocks(
     if grad_scale is not None:
         torch._foreach_div_([b.grad for b in rest], grad_scale.to(rest[0].grad.device))
     if foreach is None:
-        foreach = all(b.param.device.type == "cuda" for b in rest)
+        foreach = all(b.param.is_cuda for b in rest)
     (update_foreach if foreach else update_single_tensor)(rest, **hyper)
 
 
@@ -182,9 +182,7 @@ def why_not_fused(param: Tensor) -> str | None:
     """What keeps the fused path from a parameter, None if nothing does."""
     if not _has_triton():
         return "Triton is not installed"
-    if param.device.type == "cpu" and not triton_is_interpreted():
-        return "it is on the CPU, and the fused path is for CUDA"
-    if param.device.type not in ("cuda", "cpu"):
+    if not param.is_cuda and not (param.is_cpu and triton_is_interpreted()):
         return f"it is on {param.device.type}, and the fused path is for CUDA"
     if param.dtype not in _FUSED_DTYPES:
         return f"its dtype is {param.dtype}, and the fused path computes in float32"
@@ -226,11 +224,16 @@ def _update_piece(
         step = -step
     if isinstance(step, Tensor) or isinstance(decay, Tensor):
         p.mul_(decay).addcmul_(g, torch.as_tensor(step, device=p.device, dtype=p.dtype), value=-1)
-    elif p.device.type == "cpu" and p.is_contiguous() and g.is_contiguous():
+    elif p.is_cpu and p.is_contiguous() and g.is_contiguous():
         # The outer product with [1] is the one CPU operator that computes decay*p - step*m in a single pass.
-        p.view(1, -1).addr_(p.new_ones(1), g.view(-1), beta=decay, alpha=-step)
+        p.view(1, -1).addr_(_one(p.dtype), g if g.dim() == 1 else g.view(-1), beta=decay, alpha=-step)
     else:
         p.mul_(decay).add_(g, alpha=-step)
+
+
+@cache
+def _one(dtype: torch.dtype) -> Tensor:
+    return torch.ones(1, dtype=dtype)
 
 
 def _store(target: Tensor, values: Tensor, bits: Tensor | None) -> None:

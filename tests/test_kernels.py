@@ -181,7 +181,7 @@ def test_grad_scale_clips_without_a_pass(foreach: bool) -> None:
 
 def test_fused_on_the_cpu_says_why_not() -> None:
     p = torch.nn.Parameter(torch.randn(3))
-    with pytest.raises(ValueError, match=r"fused=True is impossible for .*it is on the CPU.*leave it None"):
+    with pytest.raises(ValueError, match=r"fused=True is impossible for .*it is on cpu.*leave it None"):
         SGDSaI([p], fused=True)
     optimizer = SGDSaI([p])
     with pytest.raises(ValueError, match="fused=True is impossible"):

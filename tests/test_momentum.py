@@ -162,15 +162,18 @@ def test_sharded_parameters_are_refused_by_name() -> None:
 # ------------------------------------------------------------------------------------------- training
 
 
+LR = 1e-2
+
+
 def train(make_gpt2: Callable[..., Any], text: Tensor, steps: int, seed: int = 0, **options: Any) -> float:
-    """Train a small GPT-2 on sequences of a repeating grammar; the loss of the last tenth of the steps."""
+    """Train a small GPT-2; the mean loss over the last tenth of the steps."""
     model = make_gpt2(seed=seed).train(False)
-    optimizer = SGDSaI(model.parameters(), lr=3e-3, scaling="adamw", weight_decay=0.0, **options)
+    optimizer = SGDSaI(model.parameters(), lr=LR, scaling="adamw", weight_decay=0.0, **options)
     generator = torch.Generator().manual_seed(seed)
     losses = []
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * (1 - step / steps)
+            group["lr"] = LR * (1 - step / steps)
         starts = torch.randint(0, len(text) - 33, (8,), generator=generator)
         batch = torch.stack([text[s : s + 32] for s in starts.tolist()])
         loss = model(input_ids=batch, labels=batch).loss
@@ -182,13 +185,13 @@ def train(make_gpt2: Callable[..., Any], text: Tensor, steps: int, seed: int = 0
 
 
 def corpus(length: int = 20_000) -> Tensor:
-    """A second-order Markov chain over 64 tokens: something to learn, with an entropy above zero."""
+    """A Markov chain over 64 tokens with four successors each: something to learn, with an entropy above zero."""
     generator = torch.Generator().manual_seed(5)
     following = torch.randint(1, 64, (64, 4), generator=generator)
     choices = torch.randint(0, 4, (length,), generator=generator).tolist()
-    tokens = [1, 2]
+    tokens = [1]
     for choice in choices:
-        tokens.append(int(following[(tokens[-1] * 7 + tokens[-2]) % 64, choice]))
+        tokens.append(int(following[tokens[-1], choice]))
     return torch.tensor(tokens)
 
 
@@ -198,7 +201,7 @@ def test_final_loss_is_within_one_percent_of_float32_momentum(make_gpt2: Callabl
     text = corpus()
     losses = {name: train(make_gpt2, text, 2000, momentum_dtype=name) for name in ("float32", "bfloat16", "int8")}
     print(losses)
-    assert losses["float32"] < 2.5  # it has learned: ln 63 = 4.14 is knowing nothing, ln 4 = 1.39 knowing all
+    assert losses["float32"] < 2.0  # it has learned: ln 63 = 4.14 is knowing nothing, ln 4 = 1.39 knowing all
     for name in ("bfloat16", "int8"):
         assert abs(losses[name] / losses["float32"] - 1) < 0.01, losses
 

@@ -56,9 +56,7 @@ def both(before: Any, **hyper: Any) -> None:
     ("p_dtype", "g_dtype", "m_dtype"),
     list(itertools.product(DTYPES, (torch.float32, torch.bfloat16), MOMENTUM_DTYPES)),
 )
-def test_every_dtype(
-    p_dtype: torch.dtype, g_dtype: torch.dtype, m_dtype: torch.dtype | None, stochastic: bool
-) -> None:
+def test_every_dtype(p_dtype: torch.dtype, g_dtype: torch.dtype, m_dtype: torch.dtype | None, stochastic: bool) -> None:
     before = make_blocks((1, 2, 127, 129), p_dtype, g_dtype, m_dtype, stochastic)
     both(before, **HYPER, stochastic_rounding=stochastic)
 

@@ -1,0 +1,1 @@
+"""Step time and memory of optimizers on the shapes of well-known models, built without their weights."""

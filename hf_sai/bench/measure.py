@@ -1,0 +1,307 @@
+"""Measures the steps of optimizers on one model's shapes: time, first step, state, peak memory, bytes moved."""
+
+import gc
+import io
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_sai.bench.rivals import RIVALS, Named
+from hf_sai.bench.shapes import Model
+
+# Steps after the first that are not counted: allocators, caches and clocks settle.
+_SETTLING = 3
+# The share of free memory that optimizers may fill together, so as to be run in turn.
+_SHARE = 0.6
+
+
+@dataclass
+class Row:
+    """What was measured of one optimizer; times in milliseconds, None where it was not measured.
+
+    Attributes:
+        step_ms: median of an ordinary step.
+        quartiles_ms: 25% and 75% of it.
+        first_step_ms: the first step, with the allocation of the state, and ours with the calibration.
+        first_step_less_allocation_ms: without what allocating and first touching as many bytes costs in this run.
+        state_bytes: of all tensors in the optimizer's state.
+        peak_bytes: the most that a step allocates beyond what is there before it.
+        moved_bytes: read parameters, gradients and state once, write parameters and state once.
+        gb_per_s: moved_bytes in step_ms.
+        of_copy: gb_per_s as a share of the copy bandwidth measured in this run.
+        error: why there are no figures.
+    """
+
+    optimizer: str
+    title: str
+    step_ms: float | None = None
+    quartiles_ms: tuple[float, float] | None = None
+    steps: int = 0
+    first_step_ms: float | None = None
+    first_step_less_allocation_ms: float | None = None
+    state_bytes: int | None = None
+    peak_bytes: int | None = None
+    moved_bytes: int | None = None
+    gb_per_s: float | None = None
+    of_copy: float | None = None
+    error: str | None = None
+
+
+@dataclass
+class Result:
+    """One model, one dtype, one device: the conditions and a row for each optimizer."""
+
+    model: str
+    title: str
+    parameters: int
+    tensors: int
+    dtype: str
+    device: str
+    threads: int
+    copy_gb_per_s: float
+    in_turn: bool
+    rows: list[Row] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def bench(
+    name: str,
+    model: Model,
+    *,
+    optimizers: Sequence[str],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    steps: int = 20,
+    deadline: float = math.inf,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Result:
+    """Time optimizers on a model's shapes, one step of each in turn where their state fits in memory together.
+
+    Args:
+        name: the model's name.
+        model: its shapes.
+        optimizers: keys of ``RIVALS``.
+        dtype: of parameters and gradients.
+        device: where they are.
+        steps: how many ordinary steps are timed.
+        deadline: ``time.monotonic()`` after which no further optimizer is begun.
+        progress: told what is being done.
+
+    Raises:
+        ValueError: for an unknown optimizer, or fewer than 1 step.
+    """
+    unknown = [key for key in optimizers if key not in RIVALS]
+    if unknown:
+        raise ValueError(f"optimizers must be among {', '.join(RIVALS)}, got {', '.join(unknown)}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    device = torch.device(device)
+    generator = torch.Generator(device).manual_seed(0)
+    named: Named = []
+    for parameter, shape in model.shapes:
+        p = torch.nn.Parameter(torch.empty(shape, dtype=dtype, device=device).normal_(0, 0.02, generator=generator))
+        p.grad = torch.empty_like(p).normal_(0, 1e-3, generator=generator)
+        named.append((parameter, p))
+    numel = sum(p.numel() for _, p in named)
+    copy = copy_bandwidth(device)
+    wanted = [key for key in optimizers if RIVALS[key].only in (None, device.type)]
+    # Prodigy keeps four numbers a parameter, the others two at most.
+    expected = sum((4 if key == "prodigy" else 2) * numel * dtype.itemsize for key in wanted)
+    in_turn = expected < _SHARE * _free_bytes(device)
+    result = Result(
+        model=name,
+        title=model.title,
+        parameters=numel,
+        tensors=len(named),
+        dtype=str(dtype).removeprefix("torch."),
+        device=_device_name(device),
+        threads=torch.get_num_threads(),
+        copy_gb_per_s=copy,
+        in_turn=in_turn,
+    )
+    begun: list[_Measurement] = []
+    for key in wanted:
+        one = _Measurement(key, named, device)
+        if time.monotonic() < deadline:
+            progress(f"{one.row.title}: first step")
+            one.begin(model)
+        else:
+            one.row.error = "not measured: out of time"
+        if not in_turn:
+            for _ in range(steps):
+                one.step()
+            one.finish(copy)
+            _release_memory(device)
+        begun.append(one)
+    if in_turn:
+        for _ in range(steps):
+            for one in begun:
+                one.step()
+        for one in begun:
+            one.finish(copy)
+    result.rows = [one.row for one in begun]
+    return result
+
+
+class _Measurement:
+    """One optimizer: `begin` measures its first step, `step` an ordinary one, `finish` completes its row."""
+
+    def __init__(self, key: str, named: Named, device: torch.device) -> None:
+        self.row = Row(key, RIVALS[key].title)
+        self._key, self._named, self._device = key, named, device
+        self._times: list[float] = []
+        self._optimizer: Any = None
+
+    def begin(self, model: Model) -> None:
+        row, device = self.row, self._device
+        try:
+            _warm_up(self._key, model, self._named, device)
+            _release_memory(device)
+            with redirect_stdout(io.StringIO()):  # the authors' release prints
+                self._optimizer = RIVALS[self._key].make(model, self._named)
+                row.first_step_ms = self._timed()
+            row.state_bytes = state_bytes(self._optimizer.state)
+            row.first_step_less_allocation_ms = row.first_step_ms - _allocation_ms(row.state_bytes, device)
+            for _ in range(_SETTLING):
+                before = _allocated(device)
+                self._optimizer.step()
+            row.peak_bytes = None if before is None else torch.cuda.max_memory_allocated(device) - before
+        except ModuleNotFoundError as error:
+            self._fail(f"not installed: {error.name}")
+        except Exception as error:  # a rival that fails is a row of the table, not the end of it
+            self._fail(f"{type(error).__name__}: {str(error).partition(chr(10))[0][:160]}")
+
+    def step(self) -> None:
+        if self._optimizer is not None:
+            self._times.append(self._timed())
+
+    def finish(self, copy_gb_per_s: float) -> None:
+        row = self.row
+        self._optimizer = None
+        if not self._times or row.state_bytes is None:
+            return
+        row.steps = len(self._times)
+        row.step_ms = statistics.median(self._times)
+        if row.steps > 1:
+            quartiles = statistics.quantiles(self._times, n=4, method="inclusive")
+            row.quartiles_ms = (quartiles[0], quartiles[2])
+        row.moved_bytes = 2 * row.state_bytes + sum(3 * p.numel() * p.element_size() for _, p in self._named)
+        row.gb_per_s = row.moved_bytes / row.step_ms / 1e6
+        row.of_copy = row.gb_per_s / copy_gb_per_s
+
+    def _fail(self, reason: str) -> None:
+        self.row.error = reason
+        self.row.first_step_ms, self._optimizer = None, None
+
+    def _timed(self) -> float:
+        _synchronize(self._device)
+        begin = time.perf_counter()
+        self._optimizer.step()
+        _synchronize(self._device)
+        return 1000 * (time.perf_counter() - begin)
+
+
+def copy_bandwidth(device: torch.device, size: int = 1 << 28, repetitions: int = 9) -> float:
+    """GB/s read and written by copying one large tensor on the device, the median of several copies."""
+    size = min(size, _free_bytes(device) // 8)
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(repetitions + 1):
+        _synchronize(device)
+        begin = time.perf_counter()
+        for _ in range(4):
+            target.copy_(source)
+        _synchronize(device)
+        times.append((time.perf_counter() - begin) / 4)
+    return 2 * source.numel() * 4 / statistics.median(times[1:]) / 1e9
+
+
+def state_bytes(state: Any) -> int:
+    """Bytes of the distinct tensors in an optimizer's state, those inside quantised tensors included."""
+    distinct = {(t.data_ptr(), t.numel(), t.dtype): t for t in _tensors(state)}
+    return sum(t.numel() * t.element_size() for t in distinct.values())
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if hasattr(value, "__tensor_flatten__"):
+            for name in value.__tensor_flatten__()[0]:
+                yield from _tensors(getattr(value, name))
+        else:
+            yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _warm_up(key: str, model: Model, named: Named, device: torch.device) -> None:
+    """Two steps on a few small tensors, so that what is loaded or compiled once is not in the first step's time."""
+    small: Named = []
+    for name, p in named[:8]:
+        shape = [min(n, 8) for n in p.shape]
+        twin = torch.nn.Parameter(torch.full(shape, 0.5, dtype=p.dtype, device=device))
+        twin.grad = torch.rand_like(twin)
+        small.append((name, twin))
+    with redirect_stdout(io.StringIO()):
+        optimizer = RIVALS[key].make(model._replace(dim=8, heads=1), small)
+        for _ in range(2):
+            optimizer.step()
+    _synchronize(device)
+
+
+def _allocation_ms(size: int, device: torch.device) -> float:
+    """What it costs in this run to allocate and first write as many bytes, in pieces as an optimizer does."""
+    _release_memory(device)
+    piece = 1 << 25
+    _synchronize(device)
+    begin = time.perf_counter()
+    pieces = [torch.zeros(min(piece, size - at), dtype=torch.int8, device=device) for at in range(0, size, piece)]
+    _synchronize(device)
+    elapsed = 1000 * (time.perf_counter() - begin)
+    del pieces
+    return elapsed
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _allocated(device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _release_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):  # not on every system
+        return 1 << 32
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -1,0 +1,117 @@
+"""The optimizers that are compared, each made from named parameters, with defaults that do not matter to its speed."""
+
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_sai.bench.shapes import Model
+from hf_sai.optimizer import SGDSaI
+
+Named = list[tuple[str, Tensor]]
+
+
+class Rival(NamedTuple):
+    """An optimizer of the comparison.
+
+    Attributes:
+        title: for tables.
+        make: from the model's shapes and the named parameters.
+        in_paper: its name in the paper's tables.
+        only: the kind of device it is compared on, None for all.
+    """
+
+    title: str
+    make: Callable[[Model, Named], Any]
+    in_paper: str | None = None
+    only: str | None = None
+
+
+def _of(cls: Callable[..., Any], **options: Any) -> Callable[[Model, Named], Any]:
+    return lambda model, named: cls([p for _, p in named], **options)
+
+
+def _sgd_sai(**options: Any) -> Callable[[Model, Named], Any]:
+    return _of(SGDSaI, lr=1e-4, **options)
+
+
+def _installed(module: str, name: str) -> Any:
+    """A class of a package that need not be there; ImportError where it is not."""
+    return getattr(import_module(module), name)
+
+
+def _authors(model: Model, named: Named) -> Any:
+    return _installed("sgd_sai", "SGD_sai")([p for _, p in named], lr=1e-4)
+
+
+def _adam_mini(model: Model, named: Named) -> Any:
+    cls = _installed("adam_mini", "Adam_mini")
+    return cls(named, lr=1e-4, dim=model.dim, n_heads=model.heads, verbose=False)
+
+
+def _prodigy(model: Model, named: Named) -> Any:
+    return _installed("prodigyopt", "Prodigy")([p for _, p in named])
+
+
+def _bitsandbytes(model: Model, named: Named) -> Any:
+    return _installed("bitsandbytes.optim", "AdamW8bit")([p for _, p in named], lr=1e-4)
+
+
+def _torchao(model: Model, named: Named) -> Any:
+    return _installed("torchao.optim", "AdamW8bit")([p for _, p in named], lr=1e-4)
+
+
+class _Together:
+    """Several optimizers that are one: Muon takes matrices only."""
+
+    def __init__(self, *optimizers: Any) -> None:
+        self._optimizers = optimizers
+
+    @property
+    def state(self) -> dict[Any, Any]:
+        return {p: entry for optimizer in self._optimizers for p, entry in optimizer.state.items()}
+
+    def step(self) -> None:
+        for optimizer in self._optimizers:
+            optimizer.step()
+
+
+def _muon(model: Model, named: Named) -> Any:
+    matrices = [p for name, p in named if p.dim() == 2 and not _is_embedding(name)]
+    others = [p for name, p in named if p.dim() != 2 or _is_embedding(name)]
+    parts: list[Any] = [torch.optim.Muon(matrices, lr=1e-4)] if matrices else []
+    return _Together(*parts, *([torch.optim.AdamW(others, lr=1e-4, fused=True)] if others else []))
+
+
+def _is_embedding(name: str) -> bool:
+    return any(part in name for part in ("wte", "wpe", "embed", "token", "head"))
+
+
+_SGD = partial(torch.optim.SGD, lr=1e-4, momentum=0.9)
+
+RIVALS: dict[str, Rival] = {
+    "sgd_sai": Rival("SGD-SaI (hf_sai)", _sgd_sai(), "SGD-SaI"),
+    "sgd_sai_foreach": Rival("SGD-SaI (hf_sai), foreach", _sgd_sai(foreach=True), "SGD-SaI"),
+    "sgd_sai_per_tensor": Rival(
+        "SGD-SaI (hf_sai), per tensor", _sgd_sai(foreach=False, fused=False), "SGD-SaI", only="cuda"
+    ),
+    "sgd_sai_bf16": Rival("SGD-SaI (hf_sai), bfloat16 momentum", _sgd_sai(momentum_dtype="bfloat16"), "SGD-SaI"),
+    "sgd_sai_int8": Rival("SGD-SaI (hf_sai), int8 momentum", _sgd_sai(momentum_dtype="int8"), "SGD-SaI"),
+    "sgd_sai_authors": Rival("SGD-SaI (authors' release)", _authors, "SGD-SaI"),
+    "sgd_foreach": Rival("SGD momentum, foreach", _of(_SGD, foreach=True), "SGDM"),
+    "sgd_fused": Rival("SGD momentum, fused", _of(_SGD, fused=True), "SGDM"),
+    "adam_foreach": Rival("Adam, foreach", _of(torch.optim.Adam, lr=1e-4, foreach=True), "Adam"),
+    "adam_fused": Rival("Adam, fused", _of(torch.optim.Adam, lr=1e-4, fused=True), "Adam"),
+    "adamw_foreach": Rival("AdamW, foreach", _of(torch.optim.AdamW, lr=1e-4, foreach=True), "AdamW"),
+    "adamw_fused": Rival("AdamW, fused", _of(torch.optim.AdamW, lr=1e-4, fused=True), "AdamW"),
+    "adamw_8bit_bnb": Rival("AdamW 8-bit (bitsandbytes)", _bitsandbytes),
+    # torchao compiles its step, which on a CPU takes minutes.
+    "adamw_8bit_torchao": Rival("AdamW 8-bit (torchao)", _torchao, only="cuda"),
+    "adafactor": Rival("Adafactor", _of(torch.optim.Adafactor, lr=1e-4)),
+    "adam_mini": Rival("Adam-mini", _adam_mini, "Adam-Mini"),
+    "prodigy": Rival("Prodigy", _prodigy, "Prodigy"),
+    "muon": Rival("Muon (matrices) and AdamW", _muon),
+}
