@@ -5,6 +5,7 @@ the rivals of the paper's tables, from the packages that publish them.
 """
 
 import ast
+import importlib
 import inspect
 import math
 from collections.abc import Callable, Iterable
@@ -96,7 +97,8 @@ class OptimizerArguments:
 
 def _own_optim_args(cls: Callable[..., Any], text: str | None, extra: Iterable[str] = ()) -> dict[str, Any]:
     """`momentum=0.95,nesterov=true` as keyword arguments of `cls`, each a Python literal or a word."""
-    valid = {*inspect.signature(cls).parameters, *extra} - {"params", "named_parameters"}
+    # the learning rate and the weight decay are settings of their own
+    valid = {*inspect.signature(cls).parameters, *extra} - {"params", "named_parameters", "lr", "weight_decay"}
     parsed: dict[str, Any] = {}
     for pair in filter(None, (text or "").replace(" ", "").split(",")):
         key, separator, value = pair.partition("=")
@@ -107,6 +109,13 @@ def _own_optim_args(cls: Callable[..., Any], text: str | None, extra: Iterable[s
         except (ValueError, SyntaxError):
             parsed[key] = value
     return parsed
+
+
+def _import(module: str, name: str, requirement: str) -> Any:
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"optim: this optimizer needs {requirement}: pip install '{requirement}'") from error
 
 
 def _class_and_kwargs(args: Any) -> tuple[type[Optimizer], dict[str, Any]] | None:
@@ -121,13 +130,11 @@ def _class_and_kwargs(args: Any) -> tuple[type[Optimizer], dict[str, Any]] | Non
             **_own_optim_args(torch.optim.SGD, args.optim_args),
         }
     if args.optim == "sgd_sai_authors":
-        from sgd_sai import SGD_sai
-
-        return SGD_sai, {"lr": args.learning_rate, **_own_optim_args(SGD_sai, args.optim_args)}
+        cls = _import("sgd_sai", "SGD_sai", "sgd-sai==1.0.3")
+        return cls, {"lr": args.learning_rate, **_own_optim_args(cls, args.optim_args)}
     if args.optim == "prodigy":
-        from prodigyopt import Prodigy
-
-        return Prodigy, {"lr": args.learning_rate, **adam, **_own_optim_args(Prodigy, args.optim_args)}
+        cls = _import("prodigyopt", "Prodigy", "prodigyopt")
+        return cls, {"lr": args.learning_rate, **adam, **_own_optim_args(cls, args.optim_args)}
     return None
 
 
@@ -135,24 +142,22 @@ def _from_model(model: nn.Module, args: Any) -> Optimizer:
     """Optimizers that need the parameters' names or LoRA's pairs: adam_mini, scaled_adamw, scaled_sgd."""
     adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     if args.optim == "adam_mini":
-        from adam_mini import Adam_mini
-
+        adam_mini = _import("adam_mini", "Adam_mini", "adam-mini")
         config = getattr(model, "config", None)
         heads = {
             "dim": getattr(config, "hidden_size", None),
             "n_heads": getattr(config, "num_attention_heads", None),
             "n_kv_heads": getattr(config, "num_key_value_heads", None),
         }
-        return Adam_mini(
+        return adam_mini(
             [(name, p) for name, p in model.named_parameters() if p.requires_grad],
             lr=args.learning_rate,
             weight_decay=args.weight_decay,
             verbose=False,
             **{key: value for key, value in heads.items() if value is not None},
-            **{**adam, **_own_optim_args(Adam_mini, args.optim_args)},
+            **{**adam, **_own_optim_args(adam_mini, args.optim_args)},
         )
-    from peft.optimizers import create_riemannian_optimizer
-
+    create_riemannian_optimizer = _import("peft.optimizers", "create_riemannian_optimizer", "peft>=0.21")
     cls = torch.optim.AdamW if args.optim == "scaled_adamw" else torch.optim.SGD
     kwargs = adam if args.optim == "scaled_adamw" else {}
     return create_riemannian_optimizer(

@@ -2,10 +2,12 @@
 
 import json
 import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import peft.optimizers
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -128,7 +130,13 @@ def test_user_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 # ---------------------------------------------------------------- optimizers
 
 
-@pytest.mark.parametrize("name", [*OWN_OPTIMIZERS, "adamw_torch", "sgd", "adafactor"])
+needs_riemannian = pytest.mark.skipif(
+    not hasattr(peft.optimizers, "create_riemannian_optimizer"), reason="peft has it from 0.21 on"
+)
+OWN = [pytest.param(name, marks=needs_riemannian) if "scaled" in name else name for name in OWN_OPTIMIZERS]
+
+
+@pytest.mark.parametrize("name", [*OWN, "adamw_torch", "sgd", "adafactor"])
 def test_every_optimizer_takes_a_lora_step_in_a_bare_loop(tmp_path: Path, name: str) -> None:
     """Two steps: B is zero at the first, so A has no gradient before the second."""
     model = tiny_lora()
@@ -145,7 +153,7 @@ def test_every_optimizer_takes_a_lora_step_in_a_bare_loop(tmp_path: Path, name: 
     assert moved == expected
 
 
-@pytest.mark.parametrize("name", [*OWN_OPTIMIZERS, "adamw_torch"])
+@pytest.mark.parametrize("name", [*OWN, "adamw_torch"])
 def test_trainer_arguments_name_the_same_class(tmp_path: Path, name: str) -> None:
     model = tiny_lora()
     args = arguments(tmp_path, optim=name, learning_rate=1e-2)
@@ -162,6 +170,7 @@ def test_trainer_arguments_name_the_same_class(tmp_path: Path, name: str) -> Non
         assert given["optimizer_cls_and_kwargs"][0] is type(bare)
 
 
+@needs_riemannian
 def test_scaled_adamw_is_adamw_on_preconditioned_gradients() -> None:
     model = tiny_lora()
     args = OptimizerArguments(optim="scaled_adamw", optim_args="reg=0.5", learning_rate=0.1, adam_beta1=0.7)
@@ -190,6 +199,27 @@ def test_optim_args_reach_the_optimizer_and_typos_do_not() -> None:
     assert (optimizer.defaults["momentum"], optimizer.defaults["nesterov"]) == (0.5, True)
     with pytest.raises(UserError, match="momentun=0"):
         build_optimizer(model, OptimizerArguments(optim="sgdm", optim_args="momentun=0.5"))
+
+
+@pytest.mark.parametrize("key", ["lr", "weight_decay"])
+def test_optim_args_cannot_hide_the_learning_rate(key: str) -> None:
+    with pytest.raises(UserError, match=f"{key}=1"):
+        build_optimizer(nn.Linear(2, 2), OptimizerArguments(optim="sgdm", optim_args=f"{key}=1"))
+
+
+@pytest.mark.parametrize(
+    ("optim", "module", "requirement"),
+    [
+        ("adam_mini", "adam_mini", "adam-mini"),
+        ("prodigy", "prodigyopt", "prodigyopt"),
+        ("sgd_sai_authors", "sgd_sai", "sgd-sai==1.0.3"),
+        ("scaled_sgd", "peft.optimizers", "peft>=0.21"),
+    ],
+)
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, optim: str, module: str, requirement: str) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=f"pip install '{requirement}'"):
+        build_optimizer(nn.Linear(2, 2), OptimizerArguments(optim=optim))
 
 
 def test_bare_loop_default_is_in_adamw_units() -> None:
