@@ -121,8 +121,9 @@ class E2ETrainer(Trainer):
 def load_model(name: str) -> tuple[Any, Any]:
     """Model and tokenizer by hub name or folder; padding is the end-of-text token where the tokenizer has none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name)
+        # False, and not the default, with which transformers asks on the terminal whether to run code beside the model.
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"model: could not load {name!r} as a causal language model: {error}") from error
     if tokenizer.eos_token_id is None:

@@ -173,7 +173,7 @@ def load_tokenizer(corpus: Corpus, options: ModelArguments) -> PreTrainedTokeniz
                 settings = {**special, "add_prefix_space": False, "tokenizer_class": "GPT2Tokenizer"}
                 write_json(folder / "tokenizer_config.json", settings)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(
             f"tokenizer: {options.tokenizer!r} is neither a tokenizer's folder nor within reach on the hub; "

@@ -145,8 +145,9 @@ def _figure(panels: int) -> tuple[Any, Any]:
 
 
 def _plain(text: str) -> str:
-    """Labels are shown as they are: no mathematics between dollars, none hidden for a leading underscore."""
-    return " " + text.replace("$", r"\$")
+    """Labels are shown as they are: no mathematics between dollars, none hidden for a leading underscore; cut at 60."""
+    text = " ".join(text.split())
+    return " " + (text if len(text) <= 60 else f"{text[:59]}…").replace("$", r"\$")
 
 
 def draw_curves(
