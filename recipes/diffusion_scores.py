@@ -29,7 +29,7 @@ class ClipScorer:
             from transformers import CLIPImageProcessor as Processor
         try:
             self.model = CLIPModel.from_pretrained(name).to(device).eval()
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
             self.processor = Processor.from_pretrained(name)
         except (OSError, ValueError) as error:
             raise UserError(f"clip_model: could not load {name!r} as a CLIP model: {error}") from error
