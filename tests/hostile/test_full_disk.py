@@ -144,6 +144,7 @@ def trainer(folder: Path, steps: int) -> SaITrainer:
         str(folder),
         max_steps=steps,
         save_steps=2,
+        lr_scheduler_type="constant",  # the linear one would depend on `steps`
         per_device_train_batch_size=4,
         report_to="none",
         use_cpu=True,
