@@ -99,19 +99,17 @@ def update_fused(
 
 
 def gradient_moments(grads: Sequence[Tensor]) -> list[tuple[float, float]]:
-    """The sum of each gradient and its sum of squares about its mean, in one pass and one host synchronisation.
+    """The sum of each gradient and its sum of squares about its mean, in one pass, one host synchronisation a dtype.
 
     Args:
-        grads: float32, bfloat16 or float16 tensors on one device, each dense, with at least one element.
+        grads: float32, bfloat16 or float16 tensors, each dense, with at least one element.
     """
-    results: dict[int, list[float]] = {}
-    parts = []
-    by_dtype: dict[torch.dtype, list[int]] = {}
+    results: dict[int, tuple[float, float]] = {}
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, g in enumerate(grads):
-        by_dtype.setdefault(g.dtype, []).append(i)
-    for dtype, members in by_dtype.items():
+        groups.setdefault((g.device, g.dtype), []).append(i)
+    for (device, dtype), members in groups.items():
         rows = [x for i in members for x in (0, grads[i].data_ptr(), 0, 0, 0, 0, grads[i].numel(), 0)]
-        device = grads[members[0]].device
         with _on(device):
             layout = _layout(tuple(rows[6::8]), TILE, device)
             table = _table(tuple(rows), device)
@@ -124,11 +122,9 @@ def gradient_moments(grads: Sequence[Tensor]) -> list[tuple[float, float]]:
             combine_kernel[(len(members),)](
                 table, layout.first_tiles, sums, centred, moments, TILE=TILE, WIDTH=256, num_warps=1
             )
-        parts.append(moments)
-    values = torch.cat(parts).tolist() if parts else []
-    for i, pair in zip((i for members in by_dtype.values() for i in members), values, strict=True):
-        results[i] = pair
-    return [(results[i][0], results[i][1]) for i in range(len(grads))]
+        for i, (total, squares) in zip(members, moments.tolist(), strict=True):
+            results[i] = (total, squares)
+    return [results[i] for i in range(len(grads))]
 
 
 class _Layout(NamedTuple):

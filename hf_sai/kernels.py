@@ -178,6 +178,16 @@ def fits_fused(b: Block) -> bool:
     return alike and torch.ops.aten.is_non_overlapping_and_dense(p)
 
 
+def fused_moments(grads: Sequence[Tensor | None]) -> dict[int, tuple[float, float]]:
+    """The sum, and the sum of squares about the mean, of each one-dimensional gradient that the fused path takes."""
+    able = {i: g for i, g in enumerate(grads) if g is not None and g.numel() and why_not_fused(g) is None}
+    if not able:
+        return {}
+    from hf_sai.fused import gradient_moments
+
+    return dict(zip(able, gradient_moments(list(able.values())), strict=True))
+
+
 def why_not_fused(param: Tensor) -> str | None:
     """What keeps the fused path from a parameter, None if nothing does."""
     if not _has_triton():

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from hf_sai.checks import SCALINGS, block_name, check_group, check_parameters, check_state_dict
 from hf_sai.gsnr import BlockStatistics, Segment, is_dtensor, measure, scales, to_local
-from hf_sai.kernels import Block, Scalar, update_blocks, why_not_fused
+from hf_sai.kernels import Block, Scalar, fused_moments, update_blocks, why_not_fused
 from hf_sai.state import allocate, restore, shard_number, wait, warmup_share
 from hf_sai.zero import Given
 
@@ -190,6 +190,19 @@ class SGDSaI(Optimizer):
                 if key in final[0]["state"]:
                     restore(self.state[p], final[0]["state"][key], p, group)
 
+    def block_states(self) -> list[tuple[str, Tensor, Mapping[str, Tensor]]]:
+        """Every block as (place in the param groups, parameter of the model, state); empty states included."""
+        found: list[tuple[str, Tensor, Mapping[str, Tensor]]] = []
+        for i, group in enumerate(self.param_groups):
+            for j, p in enumerate(group["params"]):
+                place, partition = f"param_groups[{i}].params[{j}]", self._given.partition(p)
+                if partition is None:
+                    found.append((place, p, self.state.get(p, {})))
+                else:
+                    states = partition.states(self.state[p])
+                    found += [(place, q, s) for q, s in zip(partition.params, states, strict=True)]
+        return found
+
     def release_gradients(self, model: torch.nn.Module, *, track_norm: bool = False) -> "GradientRelease":
         """Update each parameter inside ``backward`` and free its gradient at once; ``step`` then only ends the step.
 
@@ -340,7 +353,8 @@ class SGDSaI(Optimizer):
 
     def calibrate(self, taking: list[Taking]) -> list[str]:
         """Measure gradients and set the scales of those that are usable; returns the kind of each."""
-        statistics = measure([t.param for t in taking], [t.grad for t in taking], [t.group["eps"] for t in taking])
+        params, eps = [t.param for t in taking], [t.group["eps"] for t in taking]
+        statistics = measure(params, [t.grad for t in taking], eps, fused_moments)
         measured = list(zip(taking, statistics, strict=True))
         if isinstance(taking[0].param, Segment) and not self._given.is_last(taking[0].group):
             self._deferred += measured

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from hf_sai.checks import block_name
 from hf_sai.gsnr import BlockStatistics, is_dtensor, measure
+from hf_sai.kernels import fused_moments
 
 if TYPE_CHECKING:
     from hf_sai.optimizer import SGDSaI, Taking
@@ -108,7 +109,7 @@ class GradientRelease:
         return release
 
     def _calibrate(self, taking: "Taking") -> None:
-        (statistics,) = measure([taking.param], [taking.grad], [taking.group["eps"]])
+        (statistics,) = measure([taking.param], [taking.grad], [taking.group["eps"]], fused_moments)
         self._measured.append((taking._replace(grad=None), statistics))
         if statistics.kind in ("usable", "constant"):
             # The momentum becomes the gradient; with a learning rate of 0 the parameter stays what it is.

@@ -141,13 +141,19 @@ def test_whole_optimizer(dtype: torch.dtype, options: dict[str, Any]) -> None:
         SGDSaI(fused, fused=True, stochastic_rounding=True, **options),
         SGDSaI(plain, foreach=False, stochastic_rounding=True, **options),
     ]
+    first: dict[torch.Tensor, torch.Tensor] = {}
     for step in range(4):
         for i, (p, q) in enumerate(zip(fused, plain, strict=True)):
             if step or i != 1:
                 p.grad = torch.randn_like(p)
                 q.grad = p.grad.clone()
+                first.setdefault(p, p.grad)
         for optimizer in optimizers:
             optimizer.step()
+    for p in fused:
+        expected = first[p].double()
+        gsnr = expected.norm() / (expected.std() + 1e-8)
+        torch.testing.assert_close(optimizers[0].state[p]["gsnr"].double(), gsnr, rtol=2e-6, atol=0)
     for p, q in zip(fused, plain, strict=True):
         torch.testing.assert_close(p, q, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
         mine, other = optimizers[0].state[p], optimizers[1].state[q]
