@@ -1,5 +1,6 @@
 """What SGDSaI measured of each block, as rows to print, log or plot."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -45,19 +46,18 @@ def gsnr_table(optimizer: Any, model: nn.Module) -> list[GSNRRow]:
         TypeError: if the optimizer is not an SGDSaI.
     """
     sgd_sai = unwrap_sgd_sai(optimizer)
-    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        model = model.module
-    trained = {
-        p: f"param_groups[{i}].params[{j}]"
-        for i, group in enumerate(sgd_sai.param_groups)
-        for j, p in enumerate(group["params"])
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or _is_engine(model):
+        model = model.module  # type: ignore[assignment]
+    blocks = sgd_sai.block_states()
+    states = {p: state for _, p, state in blocks}
+    named: dict[Tensor, str] = {
+        p: name.replace("_orig_mod.", "") for name, p in model.named_parameters() if p in states
     }
-    named = {p: name.replace("_orig_mod.", "") for name, p in model.named_parameters() if p in trained}
-    blocks = {**named, **{p: name for p, name in trained.items() if p not in named}}
-    measured = _to_host([sgd_sai.state.get(p, {}) for p in blocks])
+    names: dict[Tensor, str] = {**named, **{p: place for place, p, _ in blocks if p not in named}}
+    measured = _to_host([states[p] for p in names])
     return [
         GSNRRow(name, tuple(p.shape), p.numel(), gsnr, max(0.0, scale), gsnr > 0.0)
-        for (p, name), (gsnr, scale) in zip(blocks.items(), measured, strict=True)
+        for (p, name), (gsnr, scale) in zip(names.items(), measured, strict=True)
     ]
 
 
@@ -71,7 +71,11 @@ def unwrap_sgd_sai(optimizer: Any) -> SGDSaI:
     return inner
 
 
-def _to_host(states: list[dict[str, Tensor]]) -> list[tuple[float, float]]:
+def _is_engine(model: nn.Module) -> bool:
+    return type(model).__module__.partition(".")[0] == "deepspeed"
+
+
+def _to_host(states: Sequence[Mapping[str, Tensor]]) -> list[tuple[float, float]]:
     """(gsnr, scale) of each state, zeros for a block that has none yet, with one synchronisation for all."""
     pairs = [(s["gsnr"], s["scale"]) for s in states if s]
     if not pairs:

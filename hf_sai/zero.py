@@ -25,12 +25,13 @@ class Partition:
 
     Attributes:
         flat: what the optimizer holds, one dimension.
-        segments: all blocks of the group in order, also those that have no element here.
+        params: the model's parameters, which are the blocks of the group, in order.
+        segments: what is here of each of them, which can be nothing.
     """
 
     def __init__(self, flat: Tensor, params: Sequence[Tensor], names: Sequence[str]) -> None:
         self.flat = flat
-        self.params = [weakref.ref(p) for p in params]
+        self.params = list(params)
         self.places: list[tuple[int, int]] = []
         self.segments = []
         for p, name in zip(params, names, strict=True):
@@ -61,10 +62,10 @@ class Partition:
 
     def publish(self) -> None:
         """Copy the partition into the model's parameters, as DeepSpeed does after it has stepped a group."""
-        for ref in self.params:
-            p: Any = ref()
-            if p is not None and p._hp_mapping is not None:
-                p._hp_mapping.update_lp()
+        for p in self.params:
+            mapping: Any = p._hp_mapping  # type: ignore[attr-defined]
+            if mapping is not None:
+                mapping.update_lp()
 
 
 class Given:

@@ -21,19 +21,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.distributed)
 
 
-def torchrun(processes: int, script: Path, *args: str, timeout: float = 200, **environment: str) -> None:
+def torchrun(processes: int, script: Path, *args: str, timeout: float = 280) -> None:
     """Run a script on several gloo processes of one thread each; its output is shown when it fails."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run(
-        [*command, str(script), *args],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-    assert done.returncode == 0, (
-        f"{script.name} on {processes} processes:\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command += [str(script), *args]
+    with subprocess.Popen(
+        arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as run:
+        try:
+            output, _ = run.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            run.terminate()  # not kill: torchrun then ends its workers
+            output, _ = run.communicate()
+    assert run.returncode == 0, f"{script.name} on {processes} processes:\n{output[-12000:]}"
 
 
 @pytest.fixture(scope="session")

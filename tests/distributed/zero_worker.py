@@ -18,7 +18,7 @@ import torch.distributed as dist
 from cases import batch, build, weights
 from torch import nn
 
-from hf_sai import SGDSaI
+from hf_sai import SGDSaI, gsnr_table
 
 # DeepSpeed would compile a shared-memory collective here, for a minute, that these tests have no use for.
 sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
@@ -54,8 +54,8 @@ def go(engine: Any, steps: range) -> None:
 
 
 def report(engine: Any, optimizer: SGDSaI) -> dict[str, Any]:
-    gsnr = [optimizer.state[p]["gsnr"].flatten().tolist() for group in optimizer.param_groups for p in group["params"]]
-    return {"gsnr": [x for block in gsnr for x in block], "weights": weights(engine.module)}
+    rows = gsnr_table(engine.optimizer, engine)
+    return {"gsnr": {row.name: row.gsnr for row in rows}, "weights": weights(engine.module)}
 
 
 def trained(scaling: str, **config: Any) -> dict[str, Any]:
