@@ -26,9 +26,7 @@ def torchrun(processes: int, script: Path, *args: str, timeout: float = 280) -> 
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command += [str(script), *args]
-    with subprocess.Popen(
-        arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as run:
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
         try:
             output, _ = run.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
