@@ -202,7 +202,8 @@ def _centred_squares(grad: Tensor, mean: float, dtype: torch.dtype) -> list[Tens
 def _largest_magnitude(grad: Tensor) -> Tensor:
     if not grad.numel():
         return torch.zeros((), device=grad.device)
-    return torch.linalg.vector_norm(grad, ord=math.inf)
+    largest: Tensor = torch.linalg.vector_norm(grad, ord=math.inf)
+    return largest
 
 
 def _to_host(parts: Sequence[Sequence[Tensor]]) -> list[list[float]]:
