@@ -1,0 +1,34 @@
+"""README.md agrees with the results, with the Makefile and with the files it names."""
+
+import re
+from pathlib import Path
+
+from recipes import readme_tables
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_tables_agree_with_the_results() -> None:
+    assert re.findall(r"<!-- table: (\w+) -->", README), "README.md has no table of results"
+    assert readme_tables.rewritten(README) == README, "run: python recipes/readme_tables.py"
+
+
+def test_a_changed_number_is_noticed() -> None:
+    block = re.search(r"<!-- table: \w+ -->\n.*?<!-- end -->", README, re.DOTALL)
+    assert block
+    number = re.search(r"\d\.\d+", block[0])
+    assert number
+    altered = block[0].replace(number[0], "9.999", 1)
+    assert readme_tables.rewritten(altered) == block[0]
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"\bmake ([a-z][a-z-]*)", README)) <= targets
+
+
+def test_named_files_exist() -> None:
+    named = set(re.findall(r"\b((?:recipes|accelerate_configs|hf_sai|tests)/[\w/.-]+\.(?:py|yaml|json|png))", README))
+    assert named
+    assert {name for name in named if not (ROOT / name).exists()} == set()
