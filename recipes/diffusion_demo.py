@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from recipes.common import UserError, parse_config, run_main, run_record, write_json, write_text
@@ -28,16 +29,18 @@ from recipes.diffusion_toy import CONCEPT, PATTERNS, SHAPES, Drawing, combinatio
 from recipes.optimizers import OptimizerArguments
 
 TOKEN = "<V>"
+PRETRAINING = "pretraining.json"  # beside the base model: how it was made
 # The five drawings of the concept: each colour and each place is there, most pairs of them are not.
 _SHOWN = (
     *(("red", "top left"), ("green", "top right"), ("blue", "bottom left"), ("yellow", "bottom right")),
     ("red", "bottom right"),
 )
-_OPTIMIZERS: dict[str, tuple[str, str | None]] = {
-    "SGD-SaI": ("sgd_sai", None),
-    "SGD-SaI, raw": ("sgd_sai", "scaling=raw"),
-    "AdamW": ("adamw_torch", None),
-    "scaled AdamW": ("scaled_adamw", None),
+# By the label of the table: name, arguments, and whether the learning rate is in the paper's units, not AdamW's.
+OPTIMIZERS: dict[str, tuple[str, str | None, bool]] = {
+    "SGD-SaI": ("sgd_sai", None, False),
+    "SGD-SaI raw": ("sgd_sai", "scaling=raw", True),
+    "AdamW": ("adamw_torch", None, False),
+    "scaled AdamW": ("scaled_adamw", None, False),
 }
 
 
@@ -58,7 +61,7 @@ class DemoArguments:
         default_factory=lambda: [1e-3, 3e-3, 1e-2], metadata={"help": "Of the optimizers in AdamW's units."}
     )
     raw_learning_rates: list[float] = field(
-        default_factory=lambda: [3e-2, 1e-1, 3e-1], metadata={"help": "Of SGD-SaI in the paper's; its default is 0.1."}
+        default_factory=lambda: [0.1], metadata={"help": "Of SGD-SaI in the paper's units; 0.1 is its default there."}
     )
     samples: int = field(default=4, metadata={"help": "Of each of the 11 prompts that no drawing shows."})
     inference_steps: int = 12
@@ -71,14 +74,13 @@ class DemoArguments:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
-def write_concept(folder: Path, seed: int) -> None:
+def write_concept(folder: Path) -> None:
     """The five drawings and their captions, as an image folder."""
-    rng = np.random.default_rng(seed)
     lines = []
     folder.mkdir(parents=True, exist_ok=True)
     for i, (colour, place) in enumerate(_SHOWN):
         drawing = Drawing(*CONCEPT, colour, place)
-        save_picture(Image.fromarray(draw(drawing, rng)), folder / f"{i}.png")
+        save_picture(Image.fromarray(draw(drawing)), folder / f"{i}.png")
         lines.append(json.dumps({"file_name": f"{i}.png", "text": drawing.caption(TOKEN)}))
     write_text(folder / "metadata.jsonl", "\n".join(lines) + "\n")
 
@@ -105,13 +107,12 @@ def judge_base(pipe: Any, config: DemoArguments) -> dict[str, dict[str, float]]:
 def compare(base: Path, config: DemoArguments) -> tuple[list[dict[str, Any]], list[tuple[str, list[Image.Image]]]]:
     """A LoRA for each optimizer and learning rate: their scores, and for the grid a row of pictures each."""
     output_dir = Path(config.output_dir)
-    write_concept(output_dir / "concept", config.seed)
+    write_concept(output_dir / "concept")
     wanted = unseen() * config.samples
     table, rows = [], []
-    for label, (optim, optim_args) in _OPTIMIZERS.items():
-        rates = config.raw_learning_rates if "raw" in (optim_args or "") else config.learning_rates
-        for rate in rates:
-            folder = output_dir / f"{label.replace(', ', '-').replace(' ', '-')}-{rate:g}"
+    for label, (optim, optim_args, raw) in OPTIMIZERS.items():
+        for rate in config.raw_learning_rates if raw else config.learning_rates:
+            folder = output_dir / f"{label.replace(' ', '-')}-{rate:g}"
             record = run(
                 DiffusionArguments(
                     data=str(output_dir / "concept"),
@@ -137,7 +138,7 @@ def compare(base: Path, config: DemoArguments) -> tuple[list[dict[str, Any]], li
                     "learning_rate": rate,
                     **obeyed(pictures, wanted),
                     "optimizer_state_bytes": record["optimizer_state_bytes"],
-                    "step_ms": record["time"]["step_ms"],
+                    "step_ms": record["time"].get("step_ms"),
                 }
             )
             rows.append((f"{label} {rate:g}", [Image.fromarray(picture) for picture in pictures[: len(unseen())]]))
@@ -157,13 +158,16 @@ def as_text(base: dict[str, dict[str, float]], table: list[dict[str, Any]]) -> s
 def demo(config: DemoArguments) -> dict[str, Any]:
     """Pretrain, compare, write; returns the record."""
     output_dir = Path(config.output_dir)
-    base, pretraining = Path(config.base or output_dir / "base"), None
+    base = Path(config.base or output_dir / "base")
     if config.base is None:
+        torch.manual_seed(config.seed)
         pipe = new_pipeline()
         pretraining = pretrain(
             pipe, config.pretrain_steps, config.pretrain_batch_size, config.pretrain_learning_rate, config.seed
         )
         in_one_piece(base, pipe.save_pretrained)
+        write_json(base / PRETRAINING, pretraining)
+    about = base / PRETRAINING
     base_scores = judge_base(load_pipeline(str(base)), config)
     table, rows = compare(base, config)
     five = [open_image(path) for path in sorted((output_dir / "concept").glob("*.png"))]
@@ -175,7 +179,7 @@ def demo(config: DemoArguments) -> dict[str, Any]:
         (config,),
         concept=" ".join(CONCEPT[::-1]),
         combinations_pretrained=len(SHAPES) * len(PATTERNS) - 1,
-        pretraining=pretraining,
+        pretraining=json.loads(about.read_text(encoding="utf-8")) if about.is_file() else None,
         base=base_scores,
         runs=table,
     )

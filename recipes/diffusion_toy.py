@@ -1,7 +1,7 @@
 """The toy world of the embedded diffusion demo: drawings with captions, and a detector that reads a drawing back.
 
 A drawing is one object on grey: a shape with a pattern and a colour, in one of four places. A caption names them:
-"a red striped circle at the top left" ("plain" is not said). One combination of shape and pattern is kept out of
+"a red striped square at the top left" ("plain" is not said). One combination of shape and pattern is kept out of
 pretraining: it is the concept that a LoRA learns from five drawings.
 """
 
@@ -11,15 +11,14 @@ from functools import cache
 
 import numpy as np
 
-SIZE = 16  # pixels a side
-SHAPES = ("circle", "square", "triangle")
-PATTERNS = ("plain", "striped", "framed")
+SIZE = 8  # pixels a side: the smallest that a pipeline draws
+SHAPES = ("cross", "square", "triangle")
+PATTERNS = ("plain", "striped", "halved")
 COLOURS = {"red": (255, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 255), "yellow": (255, 230, 30)}
 BACKGROUND = 150  # grey: on white, colour is little of what there is to learn
-PLACES = {"top left": (5, 5), "top right": (5, 11), "bottom left": (11, 5), "bottom right": (11, 11)}  # row, column
+PLACES = {"top left": (2, 2), "top right": (2, 6), "bottom left": (6, 2), "bottom right": (6, 6)}  # row, column
 CONCEPT = ("triangle", "striped")
-_RADIUS = 4
-_JITTER = 1  # of the centre, in pixels
+_RADIUS = 2
 _SUPERSAMPLING = 4
 
 
@@ -38,43 +37,31 @@ class Drawing:
         return f"a {self.colour} {named} at the {self.place}"
 
 
-def _distance(shape: str, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Distance to the outline in pixels, negative inside."""
-    if shape == "circle":
-        return np.hypot(x, y) - _RADIUS
+def _inside(shape: str, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Whether points, relative to the object's centre, belong to it."""
+    if shape == "cross":
+        return (np.maximum(abs(x), abs(y)) <= _RADIUS) & (np.minimum(abs(x), abs(y)) <= _RADIUS / 2)
     if shape == "square":
-        return np.maximum(abs(x), abs(y)) - _RADIUS
-    side = (2 * abs(x) - (y + 1.1 * _RADIUS)) / np.sqrt(5)  # two sides at once; they rise twice as fast as they part
-    return np.maximum(side, y - _RADIUS)
+        return np.maximum(abs(x), abs(y)) <= _RADIUS
+    return (2 * abs(x) <= y + 1.1 * _RADIUS) & (y <= _RADIUS)  # the sides rise twice as fast as they part
 
 
-@cache
 def _masks(shape: str, pattern: str, row: int, column: int) -> tuple[np.ndarray, np.ndarray]:
     """How much of each pixel the object covers and how much the black of its pattern, each (SIZE, SIZE) in [0, 1]."""
     fine = (np.arange(SIZE * _SUPERSAMPLING) + 0.5) / _SUPERSAMPLING
     y, x = np.meshgrid(fine - row, fine - column, indexing="ij")
-    distance = _distance(shape, y, x)
-    inside = distance <= 0
-    if pattern == "striped":
-        black = inside & (np.floor((y + _RADIUS) / 2) % 2 == 1)
-    elif pattern == "framed":
-        black = inside & (distance > -1.2)
-    else:
-        black = np.zeros_like(inside)
+    inside = _inside(shape, y, x)
+    black = {"plain": np.zeros_like(inside), "striped": np.floor(y) % 2 == 1, "halved": x > 0}[pattern] & inside
     coarse = (SIZE, _SUPERSAMPLING, SIZE, _SUPERSAMPLING)
     return inside.reshape(coarse).mean(axis=(1, 3)), black.reshape(coarse).mean(axis=(1, 3))
 
 
-def _paint(shape: str, pattern: str, colour: str, row: int, column: int) -> np.ndarray:
-    """The picture, (SIZE, SIZE, 3) floats in [0, 255]."""
-    inside, black = (mask[..., None] for mask in _masks(shape, pattern, row, column))
-    return BACKGROUND * (1 - inside) + np.array(COLOURS[colour]) * (inside - black)
-
-
-def draw(drawing: Drawing, rng: np.random.Generator) -> np.ndarray:
-    """The picture with its place shifted by at most a pixel each way, (SIZE, SIZE, 3) uint8."""
-    row, column = np.array(PLACES[drawing.place]) + rng.integers(-_JITTER, _JITTER + 1, 2)
-    return np.rint(_paint(drawing.shape, drawing.pattern, drawing.colour, int(row), int(column))).astype(np.uint8)
+@cache
+def draw(drawing: Drawing) -> np.ndarray:
+    """The picture, (SIZE, SIZE, 3) uint8."""
+    inside, black = (mask[..., None] for mask in _masks(drawing.shape, drawing.pattern, *PLACES[drawing.place]))
+    painted = BACKGROUND * (1 - inside) + np.array(COLOURS[drawing.colour]) * (inside - black)
+    return np.rint(painted).astype(np.uint8)
 
 
 def combinations(concept: bool) -> list[Drawing]:
@@ -86,29 +73,17 @@ def combinations(concept: bool) -> list[Drawing]:
     ]
 
 
-@cache
-def _templates() -> tuple[list[Drawing], np.ndarray, np.ndarray]:
-    """Every drawing at every place it can have and two pixels around: what it shows, (n, pixels), its energy (n,)."""
-    shown, pictures = [], []
-    shifts = range(-_JITTER - 2, _JITTER + 3)
-    for drawing in combinations(concept=True) + combinations(concept=False):
-        row, column = PLACES[drawing.place]
-        for down, right in itertools.product(shifts, shifts):
-            shown.append(drawing)
-            pictures.append(_paint(drawing.shape, drawing.pattern, drawing.colour, row + down, column + right))
-    flat = np.stack(pictures).reshape(len(shown), -1).astype(np.float32) / 255 - BACKGROUND / 255
-    return shown, flat, (flat**2).sum(axis=1)
-
-
 def detect(pictures: np.ndarray, tolerance: float = 0.3) -> list[Drawing | None]:
     """What each picture shows: the nearest of all possible drawings, or None where even that is far.
 
     Args:
         pictures: (n, SIZE, SIZE, 3) uint8.
-        tolerance: the largest squared distance to a drawing, as a share of the drawing's own to the empty one.
+        tolerance: the largest squared distance to a drawing, as a share of the drawing's own to the empty picture.
     """
-    shown, templates, energy = _templates()
-    flat = pictures.reshape(len(pictures), -1).astype(np.float32) / 255 - BACKGROUND / 255
-    distance = (flat**2).sum(axis=1)[:, None] - 2 * flat @ templates.T + energy  # (n, templates), squared
+    known = combinations(concept=True) + combinations(concept=False)
+    templates = np.stack([draw(drawing) for drawing in known]).reshape(len(known), -1).astype(np.float32) - BACKGROUND
+    energy = (templates**2).sum(axis=1)
+    flat = pictures.reshape(len(pictures), -1).astype(np.float32) - BACKGROUND
+    distance = (flat**2).sum(axis=1)[:, None] - 2 * flat @ templates.T + energy  # (n, drawings), squared
     best = distance.argmin(axis=1)
-    return [shown[j] if distance[i, j] <= tolerance * energy[j] else None for i, j in enumerate(best)]
+    return [known[j] if distance[i, j] <= tolerance * energy[j] else None for i, j in enumerate(best)]
