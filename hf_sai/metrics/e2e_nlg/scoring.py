@@ -8,6 +8,7 @@ so the two Java programs are run here, on pipes and under a time limit.
 import logging
 import math
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -39,6 +40,8 @@ _JVM_OPTIONS = (
 )
 # A minute to load METEOR's 60 MB of paraphrases on a slow disk; then about 300 texts a second, thirtyfold allowed for.
 _STARTUP_S = 300.0
+# What parts the fields of METEOR's input: an output with it would count its first part as one more reference.
+_SEPARATOR = re.compile(r"\|{3,}")
 _PER_TEXT_S = 0.1
 
 
@@ -239,7 +242,8 @@ def _meteor(java: str, outputs: list[str], groups: list[list[str]]) -> float:
         try:
             statistics = []
             for output, group in zip(outputs, groups, strict=True):
-                print("SCORE", *group, output, sep=" ||| ", file=process.stdin, flush=True)
+                texts = [_SEPARATOR.sub("|", text) for text in (*group, output)]
+                print("SCORE", *texts, sep=" ||| ", file=process.stdin, flush=True)
                 statistics.append(_numbers(process.stdout.readline()))
             print("EVAL", *statistics, sep=" ||| ", file=process.stdin, flush=True)
             *_, corpus = [_numbers(process.stdout.readline()) for _ in range(len(outputs) + 1)]
