@@ -40,9 +40,9 @@ _JVM_OPTIONS = (
 )
 # A minute to load METEOR's 60 MB of paraphrases on a slow disk; then about 300 texts a second, thirtyfold allowed for.
 _STARTUP_S = 300.0
+_PER_TEXT_S = 0.1
 # What parts the fields of METEOR's input: an output with it would count its first part as one more reference.
 _SEPARATOR = re.compile(r"\|{3,}")
-_PER_TEXT_S = 0.1
 
 
 def score(
