@@ -165,7 +165,7 @@ def launch(name: str, folders: dict[str, Path], out: Path, batch: int, *options:
         text=True,
         env=environment(**extra),
         check=False,
-        timeout=280,
+        timeout=800,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     record: dict[str, Any] = json.loads((out / "record.json").read_text())
@@ -188,6 +188,7 @@ def test_one_process(one: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("name", "tolerance"),
@@ -205,6 +206,7 @@ def test_two_processes_train_as_one(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.distributed
 def test_two_machines_train_as_one(one: dict[str, Any], folders: dict[str, Path], tmp_path: Path) -> None:
     """Two launchers as on two machines, here both on this one; the second starts late."""
@@ -226,7 +228,7 @@ def test_two_machines_train_as_one(one: dict[str, Any], folders: dict[str, Path]
         )
         time.sleep(3)
     try:
-        outputs = [machine.communicate(timeout=280)[0] for machine in machines]
+        outputs = [machine.communicate(timeout=800)[0] for machine in machines]
     finally:
         for machine in machines:
             machine.kill()
