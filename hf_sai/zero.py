@@ -73,11 +73,14 @@ class Given:
 
     def __init__(self) -> None:
         self._groups: list[tuple[dict[str, Any], list[weakref.ref[Tensor]], list[str]]] = []
+        self._known: dict[int, weakref.ref[Tensor]] = {}
         self._partitions: dict[Tensor, Partition] = {}
 
     def add(self, group: dict[str, Any]) -> None:
         names = [block_name(group, i) for i in range(len(group["params"]))]
-        self._groups.append((group, [weakref.ref(p) for p in group["params"]], names))
+        refs = [weakref.ref(p) for p in group["params"]]
+        self._groups.append((group, refs, names))
+        self._known.update((id(p), ref) for p, ref in zip(group["params"], refs, strict=True))
 
     def replace(self, old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> None:
         """Follow groups whose dicts have been replaced, as ``load_state_dict`` does."""
@@ -86,7 +89,7 @@ class Given:
 
     def partition(self, p: Tensor) -> Partition | None:
         """The partition that a parameter of the optimizer is, or None if it is an ordinary parameter."""
-        return self._partitions.get(p)
+        return self._partitions.get(p) if self._partitions else None
 
     def block_counts(self) -> dict[Tensor, int]:
         """The number of blocks in each partition."""
@@ -109,9 +112,10 @@ class Given:
         p = group["params"][index]
         name = block_name(group, index)
         check_whole(p, name)
-        refs, names = next(((refs, names) for g, refs, names in self._groups if g is group), ([], []))
-        if is_dtensor(p) or any(ref() is p for _, known, _ in self._groups for ref in known):
+        known = self._known.get(id(p))
+        if is_dtensor(p) or p.dim() != 1 or (known is not None and known() is p):
             return
+        refs, names = next(((refs, names) for g, refs, names in self._groups if g is group), ([], []))
         params = [q for ref in refs if (q := ref()) is not None]
         linked = [q for q in params if hasattr(q, "_hp_mapping")]
         if not linked:

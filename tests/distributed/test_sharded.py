@@ -51,6 +51,7 @@ def expected_warning(expected: bool) -> AbstractContextManager[Any]:
         (2, "fsdp2_max", "max", Net, torch.float32),
         (2, "fsdp2_adamw", "adamw", Net, torch.float32),
         (2, "fsdp2_float64", "adamw", Net, torch.float64),
+        (2, "fsdp2_by_accelerate", "adamw", Net, torch.float32),
         (2, "tensor_parallel", "adamw", TwoLayers, torch.float32),
         (4, "hsdp", "adamw", Net, torch.float32),
         (4, "fsdp2_tensor_parallel", "adamw", TwoLayers, torch.float32),
@@ -132,6 +133,13 @@ def test_a_nan_in_one_shard_is_seen_by_all(two: Any) -> None:
         assert rank["gsnr_first"] == 0.0 < rank["gsnr_second"]
 
 
+@pytest.mark.parametrize("when", ["flat", "original", "before"])
+def test_fsdp1_is_refused(two: Any, when: str) -> None:
+    for rank in two["hf_sai"]["fsdp1"]:
+        assert "flat parameter of FSDP1" in rank[when]
+        assert "use FSDP2" in rank[when]
+
+
 @pytest.mark.parametrize(("saved_on", "loaded_on"), [(1, 2), (1, 4), (2, 2), (4, 2), (4, 4)])
 @pytest.mark.parametrize("form", ["sharded_from_{}", "full_from_{}.pt"])
 def test_saved_on_n_ranks_loaded_on_m(
@@ -169,6 +177,11 @@ def check_resumed(ranks: list[dict[str, Any]], saved: dict[str, Any], bitwise: b
 def test_control_late_blocks(two: Any) -> None:
     for check in ("ddp_idle_expert", "fsdp2_not_finite"):
         assert all(rank["error"] == "KeyError: 'gsnr'" for rank in two["authors"][check])
+
+
+def test_control_fsdp1(two: Any) -> None:
+    """Flat parameters are taken without a word."""
+    assert two["authors"]["fsdp1"][0] == {"flat": None, "original": None, "before": None}
 
 
 def test_control_costs(two: Any) -> None:

@@ -65,7 +65,9 @@ def test_bf16(ranks: list[dict[str, Any]], which: str) -> None:
     """The g-SNR of bf16 gradients differs from that of float32 ones by their rounding, not by mixed-up blocks."""
     gsnr, _, _ = one_process("adamw")
     for rank in ranks:
-        assert rank[which]["gsnr"] == pytest.approx(gsnr, rel=8 * torch.finfo(torch.bfloat16).eps)
+        # In order: stage 0 steps float32 copies, which the model does not name.
+        found = list(rank[which]["gsnr"].values())
+        assert found == pytest.approx(list(gsnr.values()), rel=8 * torch.finfo(torch.bfloat16).eps)
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -19,6 +19,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from cases import LATE_STEP, Recorder, TwoLayers, batch, build, gsnrs, local, train, weights
 from sgd_sai import SGD_sai
 from torch import nn
@@ -30,7 +33,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -125,6 +128,45 @@ def fsdp2(subject: Subject, scaling: str, dtype: torch.dtype) -> dict[str, Any]:
     optimizer = subject.make(model.parameters(), scaling)
     train(model, optimizer, range(STEPS), rows(), late_step=subject.late_step)
     return report(model, optimizer)
+
+
+def fsdp2_by_accelerate(subject: Subject, _: Path) -> dict[str, Any]:
+    """accelerate takes the optimizer before it shards the model, and swaps the parameters in it afterwards."""
+    accelerator = Accelerator(cpu=True)
+    # It keeps FSDP for GPUs; on a CPU it would run DistributedDataParallel without a word.
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=100, cpu_ram_efficient_loading=False
+    )
+    accelerator.state.distributed_type = DistributedType.FSDP
+    model = build(frozen=subject.frozen)
+    model, optimizer = accelerator.prepare(model, subject.make(model.parameters(), "adamw"))
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    train(model, optimizer, range(STEPS), rows(), late_step=subject.late_step)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return report(model, optimizer.optimizer)
+
+
+def fsdp1(subject: Subject, _: Path) -> dict[str, Any]:
+    """What making the optimizer says after FSDP1 has flattened the model, and the first step where it came before."""
+
+    def wrapped(model: nn.Module, use_orig_params: bool) -> nn.Module:
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=use_orig_params)
+
+    def said(act: Callable[[], Any]) -> str | None:
+        try:
+            act()
+        except ValueError as error:
+            return str(error)
+        return None
+
+    model = build()
+    optimizer = subject.make(model.parameters())
+    outer = wrapped(model, True)
+    return {
+        "flat": said(lambda: subject.make(wrapped(build(), False).parameters())),
+        "original": said(lambda: subject.make(wrapped(build(), True).parameters())),
+        "before": said(lambda: train(outer, optimizer, range(1), rows())),
+    }
 
 
 def fsdp2_costs(subject: Subject, _: Path) -> dict[str, Any]:
@@ -306,6 +348,8 @@ CHECKS: dict[int, list[Check]] = {
         fsdp2_max,
         fsdp2_adamw,
         fsdp2_float64,
+        fsdp2_by_accelerate,
+        fsdp1,
         fsdp2_costs,
         fsdp2_ranks_without_gradient,
         fsdp2_not_finite,
@@ -316,7 +360,7 @@ CHECKS: dict[int, list[Check]] = {
     4: [hsdp, fsdp2_tensor_parallel, save_sharded, load_sharded],
 }
 # It has one scaling only; with a gradient missing on one rank its collectives would wait for ever.
-NOT_FOR_AUTHORS = (fsdp2_max, fsdp2_adamw, fsdp2_ranks_without_gradient)
+NOT_FOR_AUTHORS = (fsdp2_max, fsdp2_adamw, fsdp2_by_accelerate, fsdp2_ranks_without_gradient)
 
 
 def main() -> None:
