@@ -176,10 +176,10 @@ class SGDSaI(Optimizer):
         # Registered last, so that it sees what the user's own hooks made of the state dict.
         hook = self.register_load_state_dict_pre_hook(check)
         groups = self.param_groups
-        for group in groups:
-            for place in range(len(group["params"])):
-                self._given.check(group, place)
         try:
+            for group in groups:
+                for place in range(len(group["params"])):
+                    self._given.check(group, place)
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
