@@ -74,8 +74,8 @@ def check_every_adapter_trains(
     before, untouched = adapters(lora), frozen(lora)
     settings = {"learning_rate": lr, "weight_decay": WEIGHT_DECAY * LR / lr, "optim_args": f"scaling={scaling}"}
     optimizer = way(str(tmp_path), lora, rows, **settings)
-    # Ten times what decay explains is far above rounding, and the known-bad control below reaches 1.
-    assert min(moved(before, adapters(lora)).values()) > 10
+    # Three times what decay explains is far above rounding, and the known-bad control below reaches 1.
+    assert min(moved(before, adapters(lora)).values()) > 3
     for name, p in frozen(lora).items():
         assert torch.equal(p, untouched[name])
     trained = {name: p for name, p in lora.named_parameters() if p.requires_grad}
