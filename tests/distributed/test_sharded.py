@@ -185,7 +185,7 @@ def test_control_fsdp1(two: Any) -> None:
 
 
 def test_control_costs(two: Any) -> None:
-    """Right numbers at a price: DTensor's `std` gathers every gradient, and `alpha=` synchronises at every step."""
+    """Right numbers at a price: DTensor's `std` gathers every gradient whole, one collective a block."""
     costs = two["authors"]["fsdp2_costs"][0]
     assert costs["first_8"]["collectives"] != costs["first_2"]["collectives"]
     assert costs["first_8"]["largest"] > costs["local_numel"]
