@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check -q -c constra
 # Tests run on two processes of one thread each: torch's own threads only fight for two cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help demo test test-slow lint types format clean
+.PHONY: help demo demo-diffusion test test-slow lint types format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -19,10 +19,18 @@ $(VENV)/.recipes: pyproject.toml constraints.txt
 $(VENV)/.dev: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -e '.[dev]'
-	touch $@ $(VENV)/.recipes
+	touch $@ $(VENV)/.recipes $(VENV)/.diffusion
+
+$(VENV)/.diffusion: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e '.[diffusion]'
+	touch $@
 
 demo: $(VENV)/.recipes  ## LoRA on E2E-style data, SGD-SaI beside AdamW; DATA=folder for the real E2E set
 	$(BIN)/python recipes/demo.py $(if $(DATA),--data $(DATA))
+
+demo-diffusion: $(VENV)/.diffusion  ## concept LoRA on a toy world, three optimizers at three learning rates each
+	$(BIN)/python recipes/diffusion_demo.py
 
 test: $(VENV)/.dev  ## the whole suite less the tests marked slow
 	$(PYTEST) -n 2 --dist loadfile -m "not slow and not cuda" $(ARGS)

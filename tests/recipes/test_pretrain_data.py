@@ -284,7 +284,7 @@ def test_max_documents(tmp_path, jsonl, texts):
         ("a.jsonl", b"", "a.jsonl holds no text"),
         ("a.txt", b"fine\nbroken \xff here\n", "a.txt must be UTF-8.*0xff.*iconv"),
         ("a.jsonl", b'{"text": "caf\xe9"}\n', "a.jsonl must be UTF-8.*0xe9"),
-        ("a.csv", b"text\ncaf\xe9 and more\n", "a.csv must be CSV in UTF-8"),
+        ("a.csv", b"text\ncaf\xe9 and more\n", "a.csv must be whole CSV in UTF-8"),
         ("a.jsonl", b'{"text": "fine"}\n{"text": \n', "a.jsonl, line 2: not JSON"),
         ("a.jsonl", b'{"content": "x"}\n', r"a.jsonl, line 1: no string 'text' \(text_column\) in \['content'\]"),
         ("a.csv", b"content\nx\n", r"a.csv: text_column must be one of \['content'\], got 'text'"),
