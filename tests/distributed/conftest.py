@@ -1,14 +1,12 @@
 """Launches the worker once for two processes and once for four; the tests assert on the numbers it wrote."""
 
 import json
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+from launching import torchrun
 
 HERE = Path(__file__).parent
 
@@ -19,20 +17,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             # One xdist worker runs them all, so that each launch happens once.
             item.add_marker(pytest.mark.xdist_group("distributed"))
             item.add_marker(pytest.mark.distributed)
-
-
-def torchrun(processes: int, script: Path, *args: str, timeout: float = 280) -> None:
-    """Run a script on several gloo processes of one thread each; its output is shown when it fails."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command += [str(script), *args]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
-        try:
-            output, _ = run.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            run.terminate()  # not kill: torchrun then ends its workers
-            output, _ = run.communicate()
-    assert run.returncode == 0, f"{script.name} on {processes} processes:\n{output[-12000:]}"
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import BATCH, LENGTH, batch, build, largest_difference, weights
-from conftest import torchrun
+from launching import torchrun
 
 from hf_sai import SGDSaI, gsnr_table
 
