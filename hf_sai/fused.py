@@ -69,7 +69,7 @@ def update_fused(
         ]
         with _on(device):
             layout = _layout(tuple(rows[6::8]), TILE, device)
-            table = _table(tuple(rows), device)
+            table, aligned = _table(tuple(rows), device)
             # The table stands where an optional pointer is not used.
             update_kernel[(layout.programs,)](
                 table,
@@ -91,7 +91,7 @@ def update_fused(
                 LR_TENSOR=lr_tensor is not None,
                 GRAD_SCALE=grad_scale is not None,
                 FOUND_INF=found_inf is not None,
-                ALIGNED=_aligned(rows),
+                ALIGNED=aligned,
                 TILE=TILE,
                 PIECE=PIECE,
                 num_warps=WARPS,
@@ -112,13 +112,11 @@ def gradient_moments(grads: Sequence[Tensor]) -> list[tuple[float, float]]:
         rows = [x for i in members for x in (0, grads[i].data_ptr(), 0, 0, 0, 0, grads[i].numel(), 0)]
         with _on(device):
             layout = _layout(tuple(rows[6::8]), TILE, device)
-            table = _table(tuple(rows), device)
+            table, aligned = _table(tuple(rows), device)
             sums, centred = torch.empty(2, layout.programs, device=device).unbind()
             moments = torch.empty(len(members), 2, dtype=torch.float64, device=device)
-            dtype_and_alignment = {"G_DTYPE": _TRITON_DTYPES[dtype], "ALIGNED": _aligned(rows)}
-            moments_kernel[(layout.programs,)](
-                table, layout.tiles, sums, centred, TILE=TILE, num_warps=WARPS, **dtype_and_alignment
-            )
+            constants = {"G_DTYPE": _TRITON_DTYPES[dtype], "ALIGNED": aligned, "TILE": TILE}
+            moments_kernel[(layout.programs,)](table, layout.tiles, sums, centred, num_warps=WARPS, **constants)
             combine_kernel[(len(members),)](
                 table, layout.first_tiles, sums, centred, moments, TILE=TILE, WIDTH=256, num_warps=1
             )
@@ -144,15 +142,15 @@ def _layout(numels: tuple[int, ...], tile: int, device: torch.device) -> _Layout
     return _Layout(tiles.int().to(device), first.int().to(device), len(block))
 
 
-def _table(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """``values`` on the device, without waiting for it.
+def _table(values: tuple[int, ...], device: torch.device) -> tuple[Tensor, bool]:
+    """``values`` on the device, without waiting for it, and whether all addresses in them allow loads of 16 bytes.
 
     What a CUDA graph reads must stay where it is for as long as the graph may be replayed, which nobody can know:
     tables made under capture are kept. Their copy is part of the graph, from pinned memory, which was set aside by
     the steps before, since memory cannot always be pinned under capture.
     """
     if device.type != "cuda":
-        return torch.tensor(values, dtype=torch.int64, device=device)
+        return torch.tensor(values, dtype=torch.int64, device=device), _aligned(values)
     if not torch.cuda.is_current_stream_capturing():
         if not _spare.get(len(values)):
             _spare[len(values)] = [torch.empty(len(values), dtype=torch.int64, pin_memory=True)]
@@ -162,13 +160,13 @@ def _table(values: tuple[int, ...], device: torch.device) -> Tensor:
     pinned.copy_(torch.tensor(values, dtype=torch.int64))
     table = pinned.to(device, non_blocking=True)
     _kept_for_graphs.append((pinned, table))
-    return table
+    return table, _aligned(values)
 
 
 @lru_cache(maxsize=256)
-def _cached_table(values: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+def _cached_table(values: tuple[int, ...], device: torch.device, stream: int) -> tuple[Tensor, bool]:
     """A table by its content: optimizers see the same addresses again and again. One a stream, for its order."""
-    return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
+    return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True), _aligned(values)
 
 
 _spare: dict[int, list[Tensor]] = {}
@@ -176,7 +174,6 @@ _kept_for_graphs: list[Any] = []
 
 
 def _aligned(rows: Sequence[int]) -> bool:
-    """Whether every address allows loads of 16 bytes."""
     return not any(address % 16 for column in range(4) for address in rows[column::8])
 
 

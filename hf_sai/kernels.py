@@ -145,12 +145,12 @@ def update_blocks(
         grad_scale: one element; what gradients are divided by (GradScaler's scale; a clip coefficient's inverse).
         found_inf: one element; where it is not 0 nothing is changed.
     """
-    compiling = torch.compiler.is_compiling()
     wanted = fused if fused is not None else not foreach and all(b.param.is_cuda for b in blocks)
-    by_triton: list[Block] = []
-    rest: list[Block] = []
-    for b in blocks:
-        (by_triton if wanted and not compiling and fits_fused(b) else rest).append(b)
+    by_triton: Sequence[Block] = ()
+    rest = blocks
+    if wanted and _has_triton() and not torch.compiler.is_compiling():
+        by_triton = [b for b in blocks if fits_fused(b)]
+        rest = [b for b in blocks if not fits_fused(b)] if len(by_triton) < len(blocks) else ()
     if by_triton:
         from hf_sai.fused import update_fused
 
@@ -170,7 +170,9 @@ _FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def fits_fused(b: Block) -> bool:
     """Whether the fused path can update a block: its tensors lie in memory alike, without holes."""
     p, g, m = b.param, b.grad, b.momentum_buffer
-    if why_not_fused(p) or g.dtype not in _FUSED_DTYPES or (m is not None and m.dtype == torch.float64):
+    if p.dtype not in _FUSED_DTYPES or g.dtype not in _FUSED_DTYPES or (m is not None and m.dtype == torch.float64):
+        return False
+    if not p.is_cuda and why_not_fused(p):
         return False
     if p.is_contiguous() and g.is_contiguous() and (m is None or m.is_contiguous()):
         return True
@@ -190,10 +192,10 @@ def fused_moments(grads: Sequence[Tensor | None]) -> dict[int, tuple[float, floa
 
 def why_not_fused(param: Tensor) -> str | None:
     """What keeps the fused path from a parameter, None if nothing does."""
-    if not _has_triton():
-        return "Triton is not installed"
     if not param.is_cuda and not (param.is_cpu and triton_is_interpreted()):
         return f"it is on {param.device.type}, and the fused path is for CUDA"
+    if not _has_triton():
+        return "Triton is not installed"
     if param.dtype not in _FUSED_DTYPES:
         return f"its dtype is {param.dtype}, and the fused path computes in float32"
     return None

@@ -121,7 +121,8 @@ class SGDSaI(Optimizer):
 
     def _forget(self) -> None:
         """Drop what is derived from the state: the scales on the host, the warnings given, the count for the log."""
-        self._host_scales: dict[Tensor | Segment, tuple[Tensor, int, float]] = {}
+        # By id, which is faster than by tensor; whether it is still the same scale is asked anyway.
+        self._host_scales: dict[int, tuple[Tensor, int, float]] = {}
         self._deferred: list[tuple[Taking, BlockStatistics]] = []
         self._seeds: dict[Tensor | Segment, int] = {}
         self._warned: set[str] = set()
@@ -254,32 +255,36 @@ class SGDSaI(Optimizer):
             self._steps += 1
             self._release.finish()
             return loss
-        taking = [
-            [t for place in range(len(group["params"])) for t in self._parts(group, place)]
-            for group in self.param_groups
-        ]
-        roles, scaled = self._calibrate([t for members in taking for t in members])
-        places = iter(roles)
+        taking: list[list[Taking]] = []
+        for group in self.param_groups:
+            found = [self.taking(group, place) for place in range(len(group["params"]))]
+            taking.append([part for t in found if t is not None for part in self._parts(t)])
+        roles, known, scaled = self._calibrate([t for members in taking for t in members])
+        places = iter(zip(roles, known, strict=True))
         for group, members in zip(self.param_groups, taking, strict=True):
-            by_role: dict[str, list[Taking]] = {"first": [], "update": [], "skip": []}
+            by_role: dict[str, tuple[list[Taking], list[float]]] = {
+                "first": ([], []),
+                "update": ([], []),
+                "skip": ([], []),
+            }
             for t in members:
-                by_role[next(places)].append(t)
-            self.update(group, by_role["first"], first=True, scaled=scaled)
-            self.update(group, by_role["update"], scaled=scaled)
+                role, value = next(places)
+                by_role[role][0].append(t)
+                by_role[role][1].append(value)
+            self.update(group, by_role["first"][0], first=True, scaled=scaled)
+            self.update(group, *by_role["update"], scaled=scaled)
         if self._deferred and self._given.is_last(self.param_groups[-1]):
             self._calibrate_deferred([])
         return loss
 
-    def _parts(self, group: dict[str, Any], place: int) -> list[Taking]:
-        """A parameter, or the blocks in it where it is a partition of DeepSpeed's."""
-        taking = self.taking(group, place)
-        if taking is None:
-            return []
-        partition = self._given.partition(group["params"][place])
-        if partition is None or taking.grad is None:
-            return [taking]
-        parts = zip(partition.segments, partition.split(taking.grad), partition.states(taking.state), strict=True)
-        return [Taking(group, place, segment, grad, state) for segment, grad, state in parts]
+    def _parts(self, taking: Taking) -> tuple[Taking, ...]:
+        """The blocks in a parameter where it is a partition of DeepSpeed's, else itself."""
+        group, place, p, grad, state = taking
+        partition = self._given.partition(p) if isinstance(p, Tensor) else None
+        if partition is None or grad is None:
+            return (taking,)
+        parts = zip(partition.segments, partition.split(grad), partition.states(state), strict=True)
+        return tuple(Taking(group, place, segment, part, own) for segment, part, own in parts)
 
     def taking(self, group: dict[str, Any], place: int) -> Taking | None:
         """A parameter with its gradient and its state; None if it has no part in this step."""
@@ -300,11 +305,12 @@ class SGDSaI(Optimizer):
 
     def _state_of(self, group: dict[str, Any], place: int) -> dict[str, Tensor]:
         p = group["params"][place]
-        if "scale" not in self.state.get(p, {}):
+        state: dict[str, Tensor] | None = self.state.get(p)
+        if state is None or "scale" not in state:
             self._given.check(group, place)
             partition = self._given.partition(p)
-            allocate(self.state[p], p, group, blocks=(len(partition.segments),) if partition else ())
-        state: dict[str, Tensor] = self.state[p]
+            state = self.state[p]
+            allocate(state, p, group, blocks=(len(partition.segments),) if partition else ())
         return state
 
     def host_scale(self, p: Tensor | Segment, state: Mapping[str, Tensor] | None = None) -> float:
@@ -314,25 +320,26 @@ class SGDSaI(Optimizer):
         scale = state.get("scale")
         if scale is None:
             return 0.0
-        known = self._host_scales.get(p)
+        known = self._host_scales.get(id(p))
         if known is None or known[0] is not scale or known[1] != scale._version:
-            known = self._host_scales[p] = (scale, scale._version, scale.item())
-        return max(0.0, known[2])  # negative while a block waits in a warm-up: see state.wait
+            known = self._host_scales[id(p)] = (scale, scale._version, scale.item())
+        return known[2] if known[2] > 0.0 else 0.0  # negative while a block waits in a warm-up: see state.wait
 
     # torch.compiler.disable would import the compiler together with this package; torch.optim uses this one too.
     @_disable_dynamo
-    def _calibrate(self, taking: list[Taking]) -> tuple[list[str], bool]:
+    def _calibrate(self, taking: list[Taking]) -> tuple[list[str], list[float], bool]:
         """Set the scales of the blocks that wait for one.
 
         Returns:
             For each block whether it has its ``"first"`` usable gradient, is to ``"update"``, or to ``"skip"`` this
-            step; and whether the gradients are still multiplied by ``grad_scale``.
+            step; the scale that each had before; and whether the gradients are still multiplied by ``grad_scale``.
         """
         self._steps += 1
         roles = ["skip" if t.grad is None else "update" for t in taking]
-        waiting = [i for i, t in enumerate(taking) if not self.host_scale(t.param, t.state)]
+        known = [self.host_scale(t.param, t.state) for t in taking]
+        waiting = [i for i, scale in enumerate(known) if not scale]
         if not waiting:
-            return roles, True
+            return roles, known, True
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"{taking[waiting[0]].name} is not calibrated yet, which a CUDA graph cannot capture; "
@@ -340,7 +347,7 @@ class SGDSaI(Optimizer):
             )
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if found_inf is not None and found_inf.item():
-            return ["skip"] * len(taking), True
+            return ["skip"] * len(taking), known, True
         for t in taking:
             if grad_scale is not None and t.grad is not None:
                 local = to_local(t.grad)
@@ -349,7 +356,7 @@ class SGDSaI(Optimizer):
         for i, kind in zip(waiting, kinds, strict=True):
             if taking[i].grad is not None:
                 roles[i] = {"usable": "first", "constant": "first", "zero": "update"}.get(kind, "skip")
-        return roles, False
+        return roles, known, False
 
     def calibrate(self, taking: list[Taking]) -> list[str]:
         """Measure gradients and set the scales of those that are usable; returns the kind of each."""
@@ -402,14 +409,14 @@ class SGDSaI(Optimizer):
         ]
         values = scales(statistics, scaling, max(calibrated, default=0.0))
         if scaling == "adamw":
-            waited = [-self._host_scales[b.param][2] for b in blocks]
+            waited = [-self._host_scales[id(b.param)][2] for b in blocks]
             values = [v * warmup_share(w, b.group) for v, w, b in zip(values, waited, blocks, strict=True)]
         gsnr_tensors, scale_tensors = [b.state["gsnr"] for b in blocks], [b.state["scale"] for b in blocks]
         torch._foreach_zero_(gsnr_tensors + scale_tensors)
         torch._foreach_add_(gsnr_tensors, [s.gsnr for s in statistics])
         torch._foreach_add_(scale_tensors, values)
         for block, scale in zip(blocks, torch.tensor(values, dtype=torch.float32).tolist(), strict=True):
-            self._host_scales[block.param] = (block.state["scale"], block.state["scale"]._version, scale)
+            self._host_scales[id(block.param)] = (block.state["scale"], block.state["scale"]._version, scale)
         gsnrs = [s.gsnr for s in statistics]
         message = (
             f"SGDSaI calibrated {len(blocks)} blocks at step {self._steps}: "
@@ -430,6 +437,7 @@ class SGDSaI(Optimizer):
         self,
         group: dict[str, Any],
         taking: list[Taking],
+        known: list[float] | None = None,
         *,
         lr: Scalar | None = None,
         first: bool = False,
@@ -438,29 +446,26 @@ class SGDSaI(Optimizer):
         """Update the local part of every block of a group.
 
         Args:
+            known: the scales, where they have been asked for already.
             lr: instead of the group's.
             first: the momentum becomes the gradient.
             scaled: whether the gradients are still multiplied by ``grad_scale``.
         """
         if not taking:
             return
-        compiling = torch.compiler.is_compiling()
+        compiling, has_momentum = torch.compiler.is_compiling(), group["momentum"] > 0
         blocks = []
-        for t in taking:
-            state = t.state
-            buffer = state.get("momentum_buffer") if group["momentum"] else None
-            assert t.grad is not None
+        host_scales = known or [0.0 if compiling else self.host_scale(t.param, t.state) for t in taking]
+        for t, host_scale in zip(taking, host_scales, strict=True):
+            _, _, p, g, state = t
+            m = state.get("momentum_buffer") if has_momentum else None
+            assert g is not None
+            if type(p) is not torch.nn.Parameter:
+                p, g, m = to_local(p), to_local(g), None if m is None else to_local(m)
+            scale, counter = state["scale"], state.get("rounding_step")
+            seed = 0 if counter is None else self._seed(t.param)
             blocks.append(
-                Block(
-                    to_local(t.param),
-                    to_local(t.grad),
-                    None if buffer is None else to_local(buffer),
-                    state.get("momentum_scale"),
-                    state["scale"],
-                    state["scale"] if compiling else self.host_scale(t.param, state),
-                    state.get("rounding_step"),
-                    self._seed(t.param) if "rounding_step" in state else 0,
-                )
+                Block(p, g, m, state.get("momentum_scale"), scale, scale if compiling else host_scale, counter, seed)
             )
         found_inf = getattr(self, "found_inf", None) if scaled else None
         update_blocks(
