@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_cases import DTYPES, HYPER, MOMENTUM_DTYPES, assert_same, copied, make_blocks
 from torch import Tensor
 
 from hf_sai import SGDSaI
 from hf_sai.kernels import _CPU_PIECE, Block, update_blocks, update_foreach, update_single_tensor
-from kernel_cases import DTYPES, HYPER, MOMENTUM_DTYPES, assert_same, copied, make_blocks
 
 COMBINATIONS = list(itertools.product(DTYPES, (torch.float32, torch.bfloat16), MOMENTUM_DTYPES))
 

@@ -1,4 +1,4 @@
-"""Stochastic rounding: the bits are fair and independent, the rounding has no bias, training goes on where it stalls."""
+"""Stochastic rounding: fair and independent bits, no bias, and training that goes on where it stalls."""
 
 import io
 import math
