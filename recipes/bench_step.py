@@ -3,13 +3,15 @@
     python recipes/bench_step.py --suite cpu
     python recipes/bench_step.py --suite cuda
 
-`cpu`: GPT-2 124M in float32, all rivals in turn. `cuda`: the tests of tests/cuda, which configuration of the kernel is
-fastest, then GPT-2 XL in float32 and bfloat16, a LoRA set, both ViTs, Llama-2 7B's shapes in bfloat16, and full
-fine-tuning of the latter with gradient release (recipes/bench_release.py). Parts for which no time is left are marked.
+`cpu`: GPT-2 124M in float32, all rivals, the fast ones in turn. `cuda`: the tests of tests/cuda, which configuration
+of the kernel is fastest, then GPT-2 XL in float32 and bfloat16, a LoRA set, both ViTs, Llama-2 7B's shapes in bfloat16,
+and full fine-tuning of the latter with gradient release (recipes/bench_release.py). Parts for which no time is left are
+marked.
 Results are written to recipes/results/bench_*.json and .png; a short table of what the README claims comes last.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -30,18 +32,23 @@ from recipes.common import machine, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# (model, dtype, optimizers); the first ones are those that claims are made of.
 _LARGE = ["sgd_sai", "sgd_sai_bf16", "sgd_sai_int8", "sgd_fused", "adamw_8bit_bnb", "adamw_8bit_torchao", "adafactor"]
-_SUITES: dict[str, list[tuple[str, torch.dtype, list[str]]]] = {
-    "cpu": [("gpt2", torch.float32, list(RIVALS))],
+# On a CPU these take seconds a step: fewer steps, and not in turn with the others.
+_SLOW_ON_CPU = ["sgd_sai_int8", "prodigy", "adafactor", "adamw_8bit_bnb", "muon"]
+# (model, dtype, optimizers, at most so many steps); the first ones are those that claims are made of.
+_SUITES: dict[str, list[tuple[str, torch.dtype, list[str], int]]] = {
+    "cpu": [
+        ("gpt2", torch.float32, [key for key in RIVALS if key not in _SLOW_ON_CPU], 1000),
+        ("gpt2", torch.float32, _SLOW_ON_CPU, 3),
+    ],
     "cuda": [
-        ("gpt2-xl", torch.float32, list(RIVALS)),
-        ("gpt2-xl", torch.bfloat16, list(RIVALS)),
-        ("lora", torch.float32, [key for key in RIVALS if key != "adam_mini"]),
-        ("llama-2-7b", torch.bfloat16, _LARGE),
-        ("vit-h-14", torch.float32, list(RIVALS)),
-        ("vit-s-16", torch.float32, list(RIVALS)),
-        ("gpt2", torch.float32, list(RIVALS)),
+        ("gpt2-xl", torch.float32, list(RIVALS), 1000),
+        ("gpt2-xl", torch.bfloat16, list(RIVALS), 1000),
+        ("lora", torch.float32, [key for key in RIVALS if key != "adam_mini"], 1000),
+        ("llama-2-7b", torch.bfloat16, _LARGE, 10),
+        ("vit-h-14", torch.float32, list(RIVALS), 1000),
+        ("vit-s-16", torch.float32, list(RIVALS), 1000),
+        ("gpt2", torch.float32, list(RIVALS), 1000),
     ],
 }
 # What the README claims: (model, dtype, row, divided by, at most).
@@ -136,6 +143,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="ordinary steps timed for each optimizer")
     parser.add_argument("--threads", type=int, help="of the CPU (default: torch's choice)")
     parser.add_argument("--seconds", type=float, default=530, help="begin nothing new after so many (default: 530)")
+    parser.add_argument("--name", default="", help="part of the files' name, to keep several runs apart")
     parser.add_argument("--results", type=Path, default=ROOT / "recipes" / "results", help="where files are written")
     args = parser.parse_args()
     deadline = time.monotonic() + args.seconds
@@ -144,7 +152,7 @@ def main() -> None:
         parser.error("--suite cuda needs a CUDA device, and torch finds none")
     if args.threads:
         torch.set_num_threads(args.threads)
-    conditions: dict[str, Any] = {"suite": args.suite, "steps": args.steps}
+    conditions: dict[str, Any] = {"suite": args.suite, "steps": args.steps, "load_average_before": os.getloadavg()}
     if cuda:
         conditions["tests"] = run_tests()
         print("tests/cuda:", conditions["tests"], flush=True)
@@ -154,7 +162,7 @@ def main() -> None:
         conditions["full_fine_tuning"] = rows
         print(bench_release.as_table(rows), flush=True)
     results = []
-    for name, dtype, optimizers in _SUITES[args.suite]:
+    for name, dtype, optimizers, at_most in _SUITES[args.suite]:
         if time.monotonic() > deadline:
             print(f"{name} {dtype}: not measured, out of time")
             continue
@@ -165,7 +173,7 @@ def main() -> None:
                 optimizers=optimizers,
                 dtype=dtype,
                 device="cuda" if cuda else "cpu",
-                steps=args.steps,
+                steps=min(args.steps, at_most),
                 deadline=deadline,
                 progress=lambda text: print(f"  {text}", file=sys.stderr, flush=True),
             )
@@ -175,9 +183,15 @@ def main() -> None:
         found = [
             {"claim": text, "measured": value, "at_most": limit} for text, value, limit in claims(args.suite, results)
         ]
-        stem = args.results / ("bench_cuda" if cuda else f"bench_cpu_{torch.get_num_threads()}threads")
+        stem = args.results / f"bench_{args.suite}{args.name and '_'}{args.name}"
         write_json(
-            stem.with_suffix(".json"), results, **conditions, claims=found, machine=machine(), versions=versions()
+            stem.with_suffix(".json"),
+            results,
+            **conditions,
+            load_average_after=os.getloadavg(),
+            claims=found,
+            machine=machine(),
+            versions=versions(),
         )
     if results:
         chart(stem.with_suffix(".png"), results)

@@ -3,12 +3,12 @@
 import gc
 import io
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -115,8 +115,7 @@ def bench(
     numel = sum(p.numel() for _, p in named)
     copy = copy_bandwidth(device)
     wanted = [key for key in optimizers if RIVALS[key].only in (None, device.type)]
-    # Prodigy keeps four numbers a parameter, the others two at most.
-    expected = sum((4 if key == "prodigy" else 2) * numel * dtype.itemsize for key in wanted)
+    expected = sum(RIVALS[key].numbers * numel * dtype.itemsize for key in wanted)
     in_turn = expected < _SHARE * _free_bytes(device)
     result = Result(
         model=name,
@@ -298,8 +297,9 @@ def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):  # not on every system
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux
         return 1 << 32
 
 

@@ -22,12 +22,14 @@ class Rival(NamedTuple):
         make: from the model's shapes and the named parameters.
         in_paper: its name in the paper's tables.
         only: the kind of device it is compared on, None for all.
+        numbers: how many its state has for each parameter, about.
     """
 
     title: str
     make: Callable[[Model, Named], Any]
     in_paper: str | None = None
     only: str | None = None
+    numbers: float = 1.0
 
 
 def _of(cls: Callable[..., Any], **options: Any) -> Callable[[Model, Named], Any]:
@@ -103,15 +105,15 @@ RIVALS: dict[str, Rival] = {
     "sgd_sai_authors": Rival("SGD-SaI (authors' release)", _authors, "SGD-SaI"),
     "sgd_foreach": Rival("SGD momentum, foreach", _of(_SGD, foreach=True), "SGDM"),
     "sgd_fused": Rival("SGD momentum, fused", _of(_SGD, fused=True), "SGDM"),
-    "adam_foreach": Rival("Adam, foreach", _of(torch.optim.Adam, lr=1e-4, foreach=True), "Adam"),
-    "adam_fused": Rival("Adam, fused", _of(torch.optim.Adam, lr=1e-4, fused=True), "Adam"),
-    "adamw_foreach": Rival("AdamW, foreach", _of(torch.optim.AdamW, lr=1e-4, foreach=True), "AdamW"),
-    "adamw_fused": Rival("AdamW, fused", _of(torch.optim.AdamW, lr=1e-4, fused=True), "AdamW"),
+    "adam_foreach": Rival("Adam, foreach", _of(torch.optim.Adam, lr=1e-4, foreach=True), "Adam", numbers=2),
+    "adam_fused": Rival("Adam, fused", _of(torch.optim.Adam, lr=1e-4, fused=True), "Adam", numbers=2),
+    "adamw_foreach": Rival("AdamW, foreach", _of(torch.optim.AdamW, lr=1e-4, foreach=True), "AdamW", numbers=2),
+    "adamw_fused": Rival("AdamW, fused", _of(torch.optim.AdamW, lr=1e-4, fused=True), "AdamW", numbers=2),
     "adamw_8bit_bnb": Rival("AdamW 8-bit (bitsandbytes)", _bitsandbytes),
     # torchao compiles its step, which on a CPU takes minutes.
     "adamw_8bit_torchao": Rival("AdamW 8-bit (torchao)", _torchao, only="cuda"),
     "adafactor": Rival("Adafactor", _of(torch.optim.Adafactor, lr=1e-4)),
     "adam_mini": Rival("Adam-mini", _adam_mini, "Adam-Mini"),
-    "prodigy": Rival("Prodigy", _prodigy, "Prodigy"),
+    "prodigy": Rival("Prodigy", _prodigy, "Prodigy", numbers=4),
     "muon": Rival("Muon (matrices) and AdamW", _muon),
 }
