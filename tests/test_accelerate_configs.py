@@ -33,14 +33,12 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "accelerate_configs"
 NAMES = sorted(path.name for path in FOLDER.glob("*.yaml"))
 PROCESSES = {
-
-        "cpu.yaml": 2,
-        "single_gpu.yaml": 1,
-        "ddp.yaml": 2,
-        "fsdp2.yaml": 2,
-        "multi_node_fsdp2.yaml": 16,
-        "zero2.yaml": 2
-
+    "cpu.yaml": 2,
+    "single_gpu.yaml": 1,
+    "ddp.yaml": 2,
+    "fsdp2.yaml": 2,
+    "multi_node_fsdp2.yaml": 16,
+    "zero2.yaml": 2,
 }
 SHARDED = [name for name in NAMES if "fsdp2" in name]
 EVERY = pytest.mark.parametrize("name", NAMES)
@@ -139,15 +137,20 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def command(name: str, folders: dict[str, Path], out: Path, batch: int, *options: str) -> list[str]:
     settings = {
-        "model": folders["model"], "data": folders["data"], "output_dir": out, "per_device_train_batch_size": batch,
-
-            "per_device_eval_batch_size": batch,
-            "max_steps": 3,
-            "learning_rate": 1e-2,
-            "lora_dropout": 0.0,
-            "num_beams": 1
-        ,
-        "max_new_tokens": 4, "max_test_mrs": 2, "metrics": "bleu", "save_strategy": "no", "logging_steps": 1,
+        "model": folders["model"],
+        "data": folders["data"],
+        "output_dir": out,
+        "per_device_train_batch_size": batch,
+        "per_device_eval_batch_size": batch,
+        "max_steps": 3,
+        "learning_rate": 1e-2,
+        "lora_dropout": 0.0,
+        "num_beams": 1,
+        "max_new_tokens": 4,
+        "max_test_mrs": 2,
+        "metrics": "bleu",
+        "save_strategy": "no",
+        "logging_steps": 1,
         "disable_tqdm": True,
     }
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FOLDER / name), *options]
