@@ -11,14 +11,6 @@ from launching import torchrun
 HERE = Path(__file__).parent
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if HERE in item.path.parents:
-            # One xdist worker runs them all, so that each launch happens once.
-            item.add_marker(pytest.mark.xdist_group("distributed"))
-            item.add_marker(pytest.mark.distributed)
-
-
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the launches leave checkpoints for each other."""

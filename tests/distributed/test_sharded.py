@@ -12,7 +12,8 @@ from cases import weights as weights_of
 from torch import nn
 from worker import SAVED_AT, STEPS, SUBJECTS, load_checkpoint
 
-EPS = torch.finfo(torch.float32).eps
+# The launches happen once, in one xdist worker.
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("sharded")]
 
 
 def one_process(

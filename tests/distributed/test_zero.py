@@ -12,7 +12,11 @@ from launching import torchrun
 
 from hf_sai import SGDSaI, gsnr_table
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed"),
+    pytest.mark.distributed,
+    pytest.mark.xdist_group("zero"),  # one launch, in one xdist worker
+]
 
 STEPS, CLIP = 20, 0.05
 
