@@ -143,6 +143,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="ordinary steps timed for each optimizer")
     parser.add_argument("--threads", type=int, help="of the CPU (default: torch's choice)")
     parser.add_argument("--seconds", type=float, default=530, help="begin nothing new after so many (default: 530)")
+    parser.add_argument("--optimizers", nargs="+", choices=list(RIVALS), metavar="NAME", help="only these")
     parser.add_argument("--name", default="", help="part of the files' name, to keep several runs apart")
     parser.add_argument("--results", type=Path, default=ROOT / "recipes" / "results", help="where files are written")
     args = parser.parse_args()
@@ -163,6 +164,9 @@ def main() -> None:
         print(bench_release.as_table(rows), flush=True)
     results = []
     for name, dtype, optimizers, at_most in _SUITES[args.suite]:
+        optimizers = [key for key in optimizers if key in (args.optimizers or RIVALS)]
+        if not optimizers:
+            continue
         if time.monotonic() > deadline:
             print(f"{name} {dtype}: not measured, out of time")
             continue
