@@ -54,7 +54,22 @@ def e2e() -> str:
     )
 
 
-TABLES: dict[str, Callable[[], str]] = {"e2e": e2e}
+def diffusion() -> str:
+    """Concept LoRA on the toy Stable Diffusion of `make demo-diffusion`: every run of the record."""
+    record = result("diffusion_demo")
+    shares = ("all", "object", "colour", "place", "nothing")
+    rows = [
+        [
+            f"{run['optimizer']} at {run['learning_rate']:g}",
+            *(f"{100 * run[share]:.0f} %" for share in shares),
+            f"{run['optimizer_state_bytes'] / 1e3:.0f}",
+        ]
+        for run in record["runs"]
+    ]
+    return markdown(["", "all right", "object", "colour", "place", "nothing seen", "state kB"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {"e2e": e2e, "diffusion": diffusion}
 
 
 def rewritten(text: str) -> str:
