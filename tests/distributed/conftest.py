@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import torchrun
+from launching import once, shared_folder, torchrun
 
-HERE = Path(__file__).parent
+WORKER = Path(__file__).with_name("worker.py")
 
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the launches leave checkpoints for each other."""
-    return tmp_path_factory.mktemp("checkpoints")
+    return shared_folder(tmp_path_factory) / "checkpoints"
 
 
 @pytest.fixture(scope="session")
@@ -23,11 +23,29 @@ def one(checkpoints: Path) -> dict[str, Any]:
     from cases import build
     from worker import SUBJECTS, save_checkpoint
 
-    folder = checkpoints / "hf_sai"
-    folder.mkdir()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch on saving without a process group, SGDSaI on a constant gradient
-        return save_checkpoint(folder, 1, SUBJECTS["hf_sai"], build())
+    output = checkpoints.with_name("1.json")
+
+    def run() -> None:
+        folder = checkpoints / "hf_sai"
+        folder.mkdir(parents=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch on saving without a process group, SGDSaI on a constant gradient
+            output.write_text(json.dumps(save_checkpoint(folder, 1, SUBJECTS["hf_sai"], build())))
+
+    results: dict[str, Any] = once(output, run)
+    return results
+
+
+@pytest.fixture(scope="session")
+def four(one: dict[str, Any], checkpoints: Path) -> dict[str, Any]:
+    """What each check returned on each of four ranks, by optimizer."""
+    return _launch(4, checkpoints)
+
+
+@pytest.fixture(scope="session")
+def two(four: dict[str, Any], checkpoints: Path) -> dict[str, Any]:
+    """The same on two ranks; after `four`, whose checkpoints it loads."""
+    return _launch(2, checkpoints)
 
 
 @pytest.fixture(scope="session")
@@ -36,20 +54,7 @@ def saved(one: dict[str, Any], two: dict[str, Any], four: dict[str, Any]) -> dic
     return {1: one, 2: two["hf_sai"]["save_sharded"][0], 4: four["hf_sai"]["save_sharded"][0]}
 
 
-@pytest.fixture(scope="session")
-def four(one: dict[str, Any], checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What each check returned on each of four ranks, by optimizer."""
-    return _launch(4, checkpoints, tmp_path_factory)
-
-
-@pytest.fixture(scope="session")
-def two(four: dict[str, Any], checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The same on two ranks; after `four`, whose checkpoints it loads."""
-    return _launch(2, checkpoints, tmp_path_factory)
-
-
-def _launch(processes: int, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    output = tmp_path_factory.mktemp("launched") / f"{processes}.json"
-    torchrun(processes, HERE / "worker.py", str(output), str(checkpoints))
-    results: dict[str, Any] = json.loads(output.read_text())
+def _launch(processes: int, checkpoints: Path) -> dict[str, Any]:
+    output = checkpoints.with_name(f"{processes}.json")
+    results: dict[str, Any] = once(output, lambda: torchrun(processes, WORKER, str(output), str(checkpoints)))
     return results

@@ -12,8 +12,7 @@ from cases import weights as weights_of
 from torch import nn
 from worker import SAVED_AT, STEPS, SUBJECTS, load_checkpoint
 
-# The launches happen once, in one xdist worker.
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("sharded")]
+pytestmark = pytest.mark.distributed
 
 
 def one_process(

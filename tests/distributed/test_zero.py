@@ -1,21 +1,19 @@
 """DeepSpeed on two processes: ZeRO 1 and 2 give each block its own g-SNR, ZeRO 3 is refused."""
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cases import BATCH, LENGTH, batch, build, largest_difference, weights
-from launching import torchrun
+from launching import once, shared_folder, torchrun
 
 from hf_sai import SGDSaI, gsnr_table
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed"),
     pytest.mark.distributed,
-    pytest.mark.xdist_group("zero"),  # one launch, in one xdist worker
 ]
 
 STEPS, CLIP = 20, 0.05
@@ -24,9 +22,9 @@ STEPS, CLIP = 20, 0.05
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each configuration of DeepSpeed gave on each of two ranks."""
-    folder = tmp_path_factory.mktemp("zero")
-    torchrun(2, Path(__file__).with_name("zero_worker.py"), str(folder / "zero.json"), str(folder))
-    results: list[dict[str, Any]] = json.loads((folder / "zero.json").read_text())
+    folder = shared_folder(tmp_path_factory)
+    output, script = folder / "zero.json", Path(__file__).with_name("zero_worker.py")
+    results: list[dict[str, Any]] = once(output, lambda: torchrun(2, script, str(output), str(folder / "zero")))
     return results
 
 
