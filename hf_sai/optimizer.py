@@ -1,38 +1,24 @@
-"""SGDSaI: holds the state, chooses the path, saves and loads. The mathematics is in gsnr.py and kernels.py."""
+"""SGDSaI: holds the state, chooses the path, saves and loads.
 
-import logging
-import sys
-import warnings
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+The mathematics is in gsnr.py and kernels.py; when a block is calibrated, in calibration.py.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from hf_sai.checks import SCALINGS, block_name, check_group, check_parameters, check_state_dict
-from hf_sai.gsnr import BlockStatistics, Segment, is_dtensor, measure, scales, to_local
-from hf_sai.kernels import Block, Scalar, fused_moments, update_blocks, why_not_fused
-from hf_sai.state import allocate, restore, shard_number, wait, warmup_share
+from hf_sai.calibration import Calibration, Taking
+from hf_sai.checks import block_name, check_group, check_parameters, check_state_dict
+from hf_sai.gsnr import Segment, is_dtensor, to_local
+from hf_sai.kernels import Block, Scalar, update_blocks, why_not_fused
+from hf_sai.state import allocate, restore, shard_number
 from hf_sai.zero import Given
 
 if TYPE_CHECKING:
     from hf_sai.release import GradientRelease
-
-
-class Taking(NamedTuple):
-    """A parameter that takes part in this step."""
-
-    group: dict[str, Any]
-    place: int  # in the group
-    param: Tensor | Segment
-    grad: Tensor | None  # None: only to join the collectives of a sharded block
-    state: dict[str, Tensor]
-
-    @property
-    def name(self) -> str:
-        return self.param.name if isinstance(self.param, Segment) else block_name(self.group, self.place)
 
 
 class SGDSaI(Optimizer):
@@ -121,12 +107,8 @@ class SGDSaI(Optimizer):
 
     def _forget(self) -> None:
         """Drop what is derived from the state: the scales on the host, the warnings given, the count for the log."""
-        # By id, which is faster than by tensor; whether it is still the same scale is asked anyway.
-        self._host_scales: dict[int, tuple[Tensor, int, float]] = {}
-        self._deferred: list[tuple[Taking, BlockStatistics]] = []
+        self.calibration = Calibration(self._given)
         self._seeds: dict[Tensor | Segment, int] = {}
-        self._warned: set[str] = set()
-        self._steps = 0
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -252,14 +234,19 @@ class SGDSaI(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self._release is not None:
-            self._steps += 1
+            self.calibration.steps += 1
             self._release.finish()
             return loss
         taking: list[list[Taking]] = []
         for group in self.param_groups:
             found = [self.taking(group, place) for place in range(len(group["params"]))]
             taking.append([part for t in found if t is not None for part in self._parts(t)])
-        roles, known, scaled = self._calibrate([t for members in taking for t in members])
+        roles, known, scaled = self.calibration.roles(
+            [t for members in taking for t in members],
+            self.state,
+            grad_scale=getattr(self, "grad_scale", None),
+            found_inf=getattr(self, "found_inf", None),
+        )
         places = iter(zip(roles, known, strict=True))
         for group, members in zip(self.param_groups, taking, strict=True):
             by_role: dict[str, tuple[list[Taking], list[float]]] = {
@@ -273,9 +260,18 @@ class SGDSaI(Optimizer):
                 by_role[role][1].append(value)
             self.update(group, by_role["first"][0], first=True, scaled=scaled)
             self.update(group, *by_role["update"], scaled=scaled)
-        if self._deferred and self._given.is_last(self.param_groups[-1]):
-            self._calibrate_deferred([])
+        if late := self.calibration.late(self.param_groups[-1], self.state):
+            self._update_late(late)
         return loss
+
+    def _update_late(self, taking: Sequence[Taking]) -> None:
+        """Update blocks of groups that DeepSpeed has stepped, and published, before."""
+        for group in self._given.groups():
+            self.update(group, [t for t in taking if t.group is group], first=True)
+        for group, place in {id(t.group): (t.group, t.place) for t in taking}.values():
+            partition = self._given.partition(group["params"][place])
+            assert partition is not None
+            partition.publish()
 
     def _parts(self, taking: Taking) -> tuple[Taking, ...]:
         """The blocks in a parameter where it is a partition of DeepSpeed's, else itself."""
@@ -292,7 +288,7 @@ class SGDSaI(Optimizer):
         grad = p.grad
         if grad is None:
             # A process without a gradient still joins the collectives that calibrate a sharded block.
-            if not (p.requires_grad and is_dtensor(p) and not self.host_scale(p)):
+            if not (p.requires_grad and is_dtensor(p) and not self.is_calibrated(p)):
                 return None
         elif grad.is_sparse:
             name = block_name(group, place)
@@ -313,125 +309,9 @@ class SGDSaI(Optimizer):
             allocate(state, p, group, blocks=(len(partition.segments),) if partition else ())
         return state
 
-    def host_scale(self, p: Tensor | Segment, state: Mapping[str, Tensor] | None = None) -> float:
-        """The scale of a block, 0.0 while it is not calibrated; synchronises only where the state has changed."""
-        if state is None:
-            state = self.state.get(p, {}) if isinstance(p, Tensor) else {}
-        scale = state.get("scale")
-        if scale is None:
-            return 0.0
-        known = self._host_scales.get(id(p))
-        if known is None or known[0] is not scale or known[1] != scale._version:
-            known = self._host_scales[id(p)] = (scale, scale._version, scale.item())
-        return known[2] if known[2] > 0.0 else 0.0  # negative while a block waits in a warm-up: see state.wait
-
-    # torch.compiler.disable would import the compiler together with this package; torch.optim uses this one too.
-    @_disable_dynamo
-    def _calibrate(self, taking: list[Taking]) -> tuple[list[str], list[float], bool]:
-        """Set the scales of the blocks that wait for one.
-
-        Returns:
-            For each block whether it has its ``"first"`` usable gradient, is to ``"update"``, or to ``"skip"`` this
-            step; the scale that each had before; and whether the gradients are still multiplied by ``grad_scale``.
-        """
-        self._steps += 1
-        roles = ["skip" if t.grad is None else "update" for t in taking]
-        known = [self.host_scale(t.param, t.state) for t in taking]
-        waiting = [i for i, scale in enumerate(known) if not scale]
-        if not waiting:
-            return roles, known, True
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"{taking[waiting[0]].name} is not calibrated yet, which a CUDA graph cannot capture; "
-                "run steps before capturing until every block has had a gradient that is not all zero"
-            )
-        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if found_inf is not None and found_inf.item():
-            return ["skip"] * len(taking), known, True
-        for t in taking:
-            if grad_scale is not None and t.grad is not None:
-                local = to_local(t.grad)
-                local.div_(grad_scale.to(local.device))
-        kinds = self.calibrate([taking[i] for i in waiting])
-        for i, kind in zip(waiting, kinds, strict=True):
-            if taking[i].grad is not None:
-                roles[i] = {"usable": "first", "constant": "first", "zero": "update"}.get(kind, "skip")
-        return roles, known, False
-
-    def calibrate(self, taking: list[Taking]) -> list[str]:
-        """Measure gradients and set the scales of those that are usable; returns the kind of each."""
-        params, eps = [t.param for t in taking], [t.group["eps"] for t in taking]
-        statistics = measure(params, [t.grad for t in taking], eps, fused_moments)
-        measured = list(zip(taking, statistics, strict=True))
-        if isinstance(taking[0].param, Segment) and not self._given.is_last(taking[0].group):
-            self._deferred += measured
-            return ["zero" if s.kind == "zero" else "deferred" for s in statistics]
-        self._calibrate_deferred(measured)
-        return [s.kind for s in statistics]
-
-    def _calibrate_deferred(self, measured: list[tuple[Taking, BlockStatistics]]) -> None:
-        """Set the scales of these blocks and of those in groups that DeepSpeed stepped before; update the latter."""
-        deferred, self._deferred = self._deferred, []
-        self.set_scales(deferred + measured)
-        ready = [t for t, s in deferred if s.kind in ("usable", "constant")]
-        for group in self._given.groups():
-            self.update(group, [t for t in ready if t.group is group], first=True)
-        for group, place in {id(t.group): (t.group, t.place) for t in ready}.values():
-            partition = self._given.partition(group["params"][place])
-            assert partition is not None
-            partition.publish()
-
-    def set_scales(self, measured: list[tuple[Taking, BlockStatistics]]) -> None:
-        """Calibrate blocks from the statistics of their first gradients, and warn of what is odd about them."""
-        for t, s in measured:
-            if s.kind == "zero" and t.group["scaling"] == "adamw":
-                wait(t.state, t.group)
-        for scaling in SCALINGS:
-            usable = [(t, s) for t, s in measured if t.group["scaling"] == scaling and s.kind in ("usable", "constant")]
-            if usable:
-                self._set_scales(scaling, *zip(*usable, strict=True))
-        self._warn(
-            "has a constant first gradient, whose g-SNR is taken as sqrt(numel)",
-            [t.name for t, s in measured if s.kind == "constant"],
-        )
-        self._warn(
-            "has NaN or infinite elements in its first gradient; it is left as it is until its gradient is finite",
-            [t.name for t, s in measured if s.kind == "nonfinite"],
-        )
-
-    def _set_scales(self, scaling: str, blocks: tuple[Taking, ...], statistics: tuple[BlockStatistics, ...]) -> None:
-        calibrated = [
-            state["gsnr"].max().item()
-            for group in self._given.groups()
-            if group["scaling"] == scaling == "max"
-            for p in group["params"]
-            if (state := self.state.get(p))
-        ]
-        values = scales(statistics, scaling, max(calibrated, default=0.0))
-        if scaling == "adamw":
-            waited = [-self._host_scales[id(b.param)][2] for b in blocks]
-            values = [v * warmup_share(w, b.group) for v, w, b in zip(values, waited, blocks, strict=True)]
-        gsnr_tensors, scale_tensors = [b.state["gsnr"] for b in blocks], [b.state["scale"] for b in blocks]
-        torch._foreach_zero_(gsnr_tensors + scale_tensors)
-        torch._foreach_add_(gsnr_tensors, [s.gsnr for s in statistics])
-        torch._foreach_add_(scale_tensors, values)
-        for block, scale in zip(blocks, torch.tensor(values, dtype=torch.float32).tolist(), strict=True):
-            self._host_scales[id(block.param)] = (block.state["scale"], block.state["scale"]._version, scale)
-        gsnrs = [s.gsnr for s in statistics]
-        message = (
-            f"SGDSaI calibrated {len(blocks)} blocks at step {self._steps}: "
-            f"g-SNR from {min(gsnrs):.4g} to {max(gsnrs):.4g}"
-        )
-        if scaling == "adamw":
-            message += f"; scaling='adamw' with lr is scaling='raw' with {values[0] / gsnrs[0]:.4g} * lr"
-        _logger().info(message)
-
-    def _warn(self, what: str, names: list[str]) -> None:
-        """Warn once of each kind of gradient, naming the first block and counting the others."""
-        if names and what not in self._warned:
-            self._warned.add(what)
-            others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            warnings.warn(f"SGDSaI: {names[0]}{others} {what}", stacklevel=2)
+    def is_calibrated(self, p: Tensor) -> bool:
+        """Whether a parameter that is one block has its scale."""
+        return self.calibration.host_scale(p, self.state.get(p, {})) > 0.0
 
     def update(
         self,
@@ -455,7 +335,7 @@ class SGDSaI(Optimizer):
             return
         compiling, has_momentum = torch.compiler.is_compiling(), group["momentum"] > 0
         blocks = []
-        host_scales = known or [0.0 if compiling else self.host_scale(t.param, t.state) for t in taking]
+        host_scales = known or [0.0 if compiling else self.calibration.host_scale(t.param, t.state) for t in taking]
         for t, host_scale in zip(taking, host_scales, strict=True):
             _, _, p, g, state = t
             m = state.get("momentum_buffer") if has_momentum else None
@@ -496,11 +376,3 @@ def _check_fused(group: dict[str, Any]) -> None:
     for i, p in enumerate(group["params"]):
         if group["fused"] and (reason := why_not_fused(p)):
             raise ValueError(f"fused=True is impossible for {block_name(group, i)}: {reason}; leave it None")
-
-
-def _logger() -> logging.Logger:
-    """transformers' logger where that library is in use, else one of our own."""
-    if "transformers" in sys.modules:
-        logger: logging.Logger = sys.modules["transformers"].utils.logging.get_logger("transformers.hf_sai")
-        return logger
-    return logging.getLogger("hf_sai")

@@ -28,7 +28,8 @@ from hf_sai.gsnr import BlockStatistics, is_dtensor, measure
 from hf_sai.kernels import fused_moments
 
 if TYPE_CHECKING:
-    from hf_sai.optimizer import SGDSaI, Taking
+    from hf_sai.calibration import Taking
+    from hf_sai.optimizer import SGDSaI
 
 
 class GradientRelease:
@@ -79,7 +80,7 @@ class GradientRelease:
                         "hand, or needed none when the hooks were made; remove() them, and release again"
                     )
         if self._measured:
-            optimizer.set_scales(self._measured)
+            optimizer.calibration.set_scales(self._measured, optimizer.state)
         self.norm()
         self._measured.clear()
         self._released.clear()
@@ -100,7 +101,7 @@ class GradientRelease:
             if taking is not None and taking.grad is not None:
                 if self._track_norm:
                     self._squares.append(torch.linalg.vector_norm(taking.grad, dtype=torch.float32).square())
-                if optimizer.host_scale(p):
+                if optimizer.is_calibrated(p):
                     optimizer.update(group, [taking])
                 else:
                     self._calibrate(taking)

@@ -59,30 +59,6 @@ def allocate(
         state["rounding_step"] = torch.zeros((), dtype=torch.int64, device=p.device)
 
 
-def wait(state: MutableMapping[str, Tensor], group: dict[str, Any]) -> None:
-    """Note that a block's gradient was all zero while the others were updated with the group's learning rate.
-
-    The sum of these learning rates is kept, negated, in ``scale``, which an uncalibrated block does not use.
-    """
-    if _peak_lr(group):
-        state["scale"].sub_(group["lr"])
-
-
-def warmup_share(waited: float, group: dict[str, Any]) -> float:
-    """How far the other blocks moved while this one waited, as a share of a step at the peak learning rate.
-
-    The gradient of LoRA's A is proportional to B, which starts at zero. After one step at 1/500 of the learning rate
-    it is 500 times smaller than after one at the whole, and a scale that made up for it would be 500 times too large
-    when the warm-up ends. 1.0 for a block that did not wait, or where no scheduler says what the peak is.
-    """
-    return min(1.0, waited / _peak_lr(group)) if waited > 0 else 1.0
-
-
-def _peak_lr(group: dict[str, Any]) -> float:
-    """The learning rate that a scheduler starts from or warms up to, 0.0 without a scheduler."""
-    return float(max(group.get("initial_lr", 0.0), group.get("max_lr", 0.0)))
-
-
 def restore(state: MutableMapping[str, Tensor], saved: dict[str, Any], p: Tensor, group: dict[str, Any]) -> None:
     """Overwrite a parameter's state with copies of the saved tensors: torch has cast them to the parameter's dtype."""
     dtypes = {**_DTYPES, "momentum_buffer": momentum_dtype(p, group["momentum_dtype"])}

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -86,3 +87,17 @@ def test_imports_run_one_way() -> None:
         ground = {name for name in remaining if below[name] <= placed}
         assert ground, f"these import each other in a circle: {sorted(remaining)}"
         placed |= ground
+
+
+def test_the_list_in_contributing_is_complete_and_in_the_order_of_imports() -> None:
+    """What stands further down in it uses only what stands above."""
+    rows = [line.split("|")[1] for line in (PACKAGE.parent / "CONTRIBUTING.md").read_text().splitlines() if "|" in line]
+    listed = [name for row in rows if "hf_sai/" in row for name in re.findall(r"`(?:hf_sai/)?(\w+)(?:\.py|/)`", row)]
+    rooms = {name.split(".")[1] for path in SOURCES if "." in (name := module_name(path))}
+    assert sorted(listed) == sorted(rooms)
+    for path in SOURCES:
+        user = module_name(path).split(".")[1:2]
+        for used in imports(path):
+            parts = used.split(".")
+            if user and parts[0] == "hf_sai" and parts[1:] and parts[1] in rooms:
+                assert listed.index(parts[1]) <= listed.index(user[0]), f"{path.name} imports {used}"
