@@ -36,18 +36,18 @@ class Taking(NamedTuple):
         return self.param.name if isinstance(self.param, Segment) else block_name(self.group, self.place)
 
 
-class Roles(NamedTuple):
-    """What each block that takes part does in this step.
+class Plan(NamedTuple):
+    """Which blocks of a group are updated in this step; those that wait for a usable gradient are in neither list.
 
     Attributes:
-        roles: ``"first"``: it has its first usable gradient; ``"update"``; or ``"skip"``.
-        scales: the scale that each had before.
-        scaled: whether the gradients are still multiplied by ``grad_scale``.
+        first: their gradient is the first usable one and becomes their momentum.
+        later: all others.
+        scales: the scales of ``later``.
     """
 
-    roles: list[str]
+    first: list[Taking]
+    later: list[Taking]
     scales: list[float]
-    scaled: bool
 
 
 class Calibration:
@@ -77,42 +77,63 @@ class Calibration:
 
     # torch.compiler.disable would import the compiler together with this package; torch.optim uses this one too.
     @_disable_dynamo
-    def roles(
-        self, taking: Sequence[Taking], states: States, *, grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> Roles:
+    def begin(
+        self,
+        taking: Sequence[Sequence[Taking]],
+        states: States,
+        *,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> tuple[list[Plan], bool]:
         """Begin a step: set the scales of the blocks that wait for one and have a usable gradient.
 
         Args:
-            taking: the blocks of this step, of all groups.
+            taking: the blocks of this step, group by group.
             states: the optimizer's state.
             grad_scale: what the gradients are multiplied by; they are divided by it where a block is calibrated.
             found_inf: where it is not 0 no block is calibrated.
+
+        Returns:
+            What to do in each group, and whether the gradients are still multiplied by ``grad_scale``.
 
         Raises:
             RuntimeError: for a block that is not calibrated under CUDA graph capture.
         """
         self.steps += 1
-        roles = ["skip" if t.grad is None else "update" for t in taking]
-        known = [self.host_scale(t.param, t.state) for t in taking]
-        waiting = [i for i, scale in enumerate(known) if not scale]
+        plans, waiting = [], []
+        for members in taking:
+            plan = Plan([], [], [])
+            for t in members:
+                scale = self.host_scale(t.param, t.state)
+                if not scale:
+                    waiting.append((t, plan))
+                elif t.grad is not None:
+                    plan.later.append(t)
+                    plan.scales.append(scale)
+            plans.append(plan)
         if not waiting:
-            return Roles(roles, known, scaled=True)
+            return plans, True
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                f"{taking[waiting[0]].name} is not calibrated yet, which a CUDA graph cannot capture; "
+                f"{waiting[0][0].name} is not calibrated yet, which a CUDA graph cannot capture; "
                 "run steps before capturing until every block has had a gradient that is not all zero"
             )
         if found_inf is not None and found_inf.item():
-            return Roles(["skip"] * len(taking), known, scaled=True)
-        for t in taking:
-            if grad_scale is not None and t.grad is not None:
-                local = to_local(t.grad)
+            return [Plan([], [], []) for _ in plans], True
+        if grad_scale is not None:
+            for grad in [t.grad for members in taking for t in members if t.grad is not None]:
+                local = to_local(grad)
                 local.div_(grad_scale.to(local.device))
-        kinds = self._calibrate([taking[i] for i in waiting], states)
-        for i, kind in zip(waiting, kinds, strict=True):
-            if taking[i].grad is not None:
-                roles[i] = {"usable": "first", "constant": "first", "zero": "update"}.get(kind, "skip")
-        return Roles(roles, known, scaled=False)
+        kinds = self._calibrate([t for t, _ in waiting], states)
+        for (t, plan), kind in zip(waiting, kinds, strict=True):
+            if t.grad is None:
+                continue
+            if kind in ("usable", "constant"):
+                plan.first.append(t)
+            elif kind == "zero":  # with a scale of 0: only the weight decay
+                plan.later.append(t)
+                plan.scales.append(0.0)
+        return plans, False
 
     def _calibrate(self, taking: list[Taking], states: States) -> list[str]:
         """Measure gradients and set the scales of those that are usable; returns the kind of each."""

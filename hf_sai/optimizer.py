@@ -241,25 +241,15 @@ class SGDSaI(Optimizer):
         for group in self.param_groups:
             found = [self.taking(group, place) for place in range(len(group["params"]))]
             taking.append([part for t in found if t is not None for part in self._parts(t)])
-        roles, known, scaled = self.calibration.roles(
-            [t for members in taking for t in members],
+        plans, scaled = self.calibration.begin(
+            taking,
             self.state,
             grad_scale=getattr(self, "grad_scale", None),
             found_inf=getattr(self, "found_inf", None),
         )
-        places = iter(zip(roles, known, strict=True))
-        for group, members in zip(self.param_groups, taking, strict=True):
-            by_role: dict[str, tuple[list[Taking], list[float]]] = {
-                "first": ([], []),
-                "update": ([], []),
-                "skip": ([], []),
-            }
-            for t in members:
-                role, value = next(places)
-                by_role[role][0].append(t)
-                by_role[role][1].append(value)
-            self.update(group, by_role["first"][0], first=True, scaled=scaled)
-            self.update(group, *by_role["update"], scaled=scaled)
+        for group, plan in zip(self.param_groups, plans, strict=True):
+            self.update(group, plan.first, first=True, scaled=scaled)
+            self.update(group, plan.later, plan.scales, scaled=scaled)
         if late := self.calibration.late(self.param_groups[-1], self.state):
             self._update_late(late)
         return loss
