@@ -22,9 +22,12 @@ Scalar = float | Tensor
 
 # Bytes of temporaries that the foreach path may hold at once.
 _FOREACH_BYTES = 1 << 27
-# Elements that the CPU path takes through both of its passes at once: p, g and m of a piece stay in the cache between
-# them, so that memory is read and written once, and the pieces are few enough for their launches not to count.
-_CPU_PIECE = 1 << 19
+# Elements that the per-tensor path takes through both of its passes at once on a CPU: p, g and m of a piece stay in the
+# cache between them, so that memory is read and written once, and the pieces are few enough for their launches not to
+# count.
+_CPU_PIECE = 1 << 20
+# What torch.optim.SGD(fused=True) calls, on a CPU since torch 2.4; the name is private, so it may go.
+_torch_fused_sgd = getattr(torch, "_fused_sgd_", None)
 
 
 class Block(NamedTuple):
@@ -49,7 +52,7 @@ def update_single_tensor(
     maximize: bool,
     stochastic_rounding: bool,
 ) -> None:
-    """One block after the other; the reference of the other paths, and the fastest on a CPU.
+    """One block after the other; the reference of the other paths.
 
     No temporary of a block's size, except for tensors in different memory formats and tensors with holes.
     """
@@ -76,6 +79,50 @@ def update_single_tensor(
             elif m_ is not None and m32 is not None:
                 # The other half of the bits: the two roundings of an element must not go the same way.
                 _store(m_, m32, bits >> 16 if stochastic_rounding and bits is not None else None)
+
+
+def update_cpu(
+    blocks: Sequence[Block],
+    *,
+    lr: Scalar,
+    momentum: float,
+    weight_decay: float,
+    maximize: bool,
+    stochastic_rounding: bool,
+) -> None:
+    """One block after the other, in a single pass over memory by torch's own fused SGD kernel where it is of use.
+
+    It is of use where nothing decays (biases, norms, and everything by the Trainer's default), because the decay of
+    that kernel goes into the momentum, and where there is momentum, without which the per-tensor path has one pass too.
+    """
+    rest = []
+    constant = not (isinstance(lr, Tensor) or torch.compiler.is_compiling()) and lr * weight_decay == 0
+    for b in blocks:
+        p, g, m = b.param, b.grad, b.momentum_buffer
+        if not constant or m is None or _torch_fused_sgd is None or not _fits_torch_fused(p, g, m):
+            rest.append(b)
+            continue
+        _torch_fused_sgd(
+            [p],
+            [g],
+            [m],
+            weight_decay=0.0,
+            momentum=momentum or 1.0,  # the kernel asks whether there is any; in a first step it takes the gradient
+            lr=lr * b.host_scale,
+            dampening=momentum,
+            nesterov=False,
+            maximize=maximize,
+            is_first_step=momentum == 0,
+        )
+    if rest:
+        update_single_tensor(
+            rest,
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            maximize=maximize,
+            stochastic_rounding=stochastic_rounding,
+        )
 
 
 def update_foreach(
@@ -138,8 +185,9 @@ def update_blocks(
     """Update ``blocks``, each by the path that ``foreach``, ``fused`` and its own tensors allow.
 
     ``fused=None`` and ``foreach=None`` both None: fused where :func:`why_not_fused` has no objection on CUDA, else
-    foreach on CUDA, else per tensor. ``fused=True`` leaves only blocks whose parameter, gradient and momentum differ
-    in memory format, or have holes, to the other paths.
+    foreach on CUDA, else per tensor, on a CPU with torch's fused kernel where it fits. ``fused=True`` leaves only
+    blocks whose parameter, gradient and momentum differ in memory format, or have holes, to the other paths;
+    ``fused=False`` excludes both fused kernels.
 
     Args:
         grad_scale: one element; what gradients are divided by (GradScaler's scale; a clip coefficient's inverse).
@@ -161,7 +209,7 @@ def update_blocks(
         torch._foreach_div_([b.grad for b in rest], grad_scale.to(rest[0].grad.device))
     if foreach is None:
         foreach = all(b.param.is_cuda for b in rest)
-    (update_foreach if foreach else update_single_tensor)(rest, **hyper)
+    (update_foreach if foreach else update_single_tensor if fused is False else update_cpu)(rest, **hyper)
 
 
 _FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -199,6 +247,18 @@ def why_not_fused(param: Tensor) -> str | None:
     if param.dtype not in _FUSED_DTYPES:
         return f"its dtype is {param.dtype}, and the fused path computes in float32"
     return None
+
+
+def _fits_torch_fused(p: Tensor, g: Tensor, m: Tensor) -> bool:
+    """Whether torch's fused CPU kernel, which looks at addresses and counts only, does to them what is meant."""
+    return (
+        p.is_cpu
+        and p.dtype in (torch.float32, torch.float64)
+        and p.dtype == g.dtype == m.dtype
+        and p.is_contiguous()
+        and g.is_contiguous()
+        and m.is_contiguous()
+    )
 
 
 @cache

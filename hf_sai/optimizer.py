@@ -47,7 +47,8 @@ class SGDSaI(Optimizer):
             calibrated in a warm-up, its scale is multiplied by (sum of lr while it was zero) / (peak lr), at most 1.
         maximize: maximise instead of minimise.
         foreach: update many blocks in each launch; by default on CUDA where the fused path is not to be had.
-        fused: one Triton launch for all blocks; by default on CUDA where Triton is installed.
+        fused: one Triton launch for all blocks; by default on CUDA where Triton is installed. On a CPU, False keeps
+            blocks without weight decay from torch's own fused SGD kernel.
         momentum_dtype: ``"float32"``, ``"bfloat16"`` or ``"int8"``, by default each parameter's own dtype. int8 has one
             float32 scale for every 128 elements and is rounded stochastically (see :mod:`hf_sai.momentum`).
         stochastic_rounding: round whatever is stored in bfloat16 stochastically, without bias.

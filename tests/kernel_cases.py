@@ -45,7 +45,7 @@ def copied(blocks: list[Block]) -> list[Block]:
 
 
 def assert_same(actual: list[Block], expected: list[Block], before: list[Block]) -> None:
-    """Each path rounds to float32 at most four times more or less often than another, in its own order.
+    """Each path rounds to float32 at most four times more or less often than another, in its own order; float64 alike.
 
     In what is then rounded to fewer bits the two may fall on neighbouring numbers where one of those float32 numbers
     lies within that distance of a boundary: seldom (at most in 1 of 100 elements, or in one).
@@ -53,13 +53,13 @@ def assert_same(actual: list[Block], expected: list[Block], before: list[Block])
     for a, e, b in zip(actual, expected, before, strict=True):
         # The terms that are added up, in units of which float32 rounds.
         step = HYPER["lr"] * float(b.host_scale)
-        size = b.param.float().abs() + b.grad.float().abs() * step
+        size = b.param.double().abs() + b.grad.double().abs() * step
         if b.momentum_buffer is not None:
-            held = b.momentum_buffer.float().abs()
+            held = b.momentum_buffer.double().abs()
             if b.momentum_scale is not None:
                 held = held * b.momentum_scale.max()
             size = size + step * held
-            momentum_size = held + b.grad.float().abs()
+            momentum_size = held + b.grad.double().abs()
             if a.momentum_scale is not None:
                 torch.testing.assert_close(a.momentum_scale, e.momentum_scale, rtol=4 * 2.0**-23, atol=0.0)
                 _assert_near(a.momentum_buffer, e.momentum_buffer, torch.ones_like(held))
@@ -72,11 +72,11 @@ def _assert_near(a: Tensor | None, e: Tensor | None, size: Tensor) -> None:
     assert a is not None
     assert e is not None
     assert a.dtype == e.dtype
-    difference = (a.float() - e.float()).abs()
-    if a.dtype == torch.float32:
-        assert (difference <= 4 * 2.0**-23 * size).all(), difference.max()
+    difference = (a.double() - e.double()).abs()
+    if a.dtype in (torch.float32, torch.float64):
+        assert (difference <= 4 * torch.finfo(a.dtype).eps * size).all(), difference.max()
         return
-    spacing = torch.ones_like(difference) if a.dtype == torch.int8 else torch.finfo(a.dtype).eps * e.float().abs()
+    spacing = torch.ones_like(difference) if a.dtype == torch.int8 else torch.finfo(a.dtype).eps * e.double().abs()
     subnormal = 0.0 if a.dtype == torch.int8 else torch.finfo(a.dtype).smallest_normal
     assert (difference <= spacing + subnormal).all(), difference.max()
     assert (difference > 0).sum() <= max(1, difference.numel() // 100), "more than 1 of 100 elements differ"

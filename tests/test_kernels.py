@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import DTYPES, HYPER, MOMENTUM_DTYPES, assert_same, copied, make_blocks
+from kernel_cases import DTYPES, HYPER, MOMENTUM_DTYPES, SIZES, assert_same, copied, make_blocks
 from torch import Tensor
 
-from hf_sai import SGDSaI
-from hf_sai.kernels import _CPU_PIECE, Block, update_blocks, update_foreach, update_single_tensor
+from hf_sai import SGDSaI, kernels
+from hf_sai.kernels import _CPU_PIECE, Block, update_blocks, update_cpu, update_foreach, update_single_tensor
 
 COMBINATIONS = list(itertools.product(DTYPES, (torch.float32, torch.bfloat16), MOMENTUM_DTYPES))
 
@@ -72,6 +72,105 @@ def test_a_large_block_on_the_cpu_is_updated_piece_by_piece() -> None:
     expected = whole.param * (1 - 0.01 * 0.1) - 0.01 * whole.host_scale * whole.momentum_buffer
     torch.testing.assert_close(before[0].momentum_buffer, whole.momentum_buffer, rtol=0, atol=0)
     torch.testing.assert_close(before[0].param, expected, rtol=2e-7, atol=2e-7)
+
+
+@pytest.fixture
+def torch_fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The parameters that torch's fused kernel has been called for."""
+    calls: list[Tensor] = []
+
+    def counted(params: Any, *args: Any, **options: Any) -> None:
+        calls.extend(params)
+        torch._fused_sgd_(params, *args, **options)
+
+    monkeypatch.setattr(kernels, "_torch_fused_sgd", counted)
+    return calls
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.5}, {"momentum": 0.0}, {"lr": 0.0, "weight_decay": 0.1}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_torchs_fused_kernel_equals_per_tensor(
+    dtype: torch.dtype, options: dict[str, Any], maximize: bool, torch_fused_calls: list[Tensor]
+) -> None:
+    """momentum=0 with a buffer is a block's first step: the momentum becomes the gradient, whatever it was."""
+    hyper = {**HYPER, "weight_decay": 0.0, "maximize": maximize, "stochastic_rounding": False, **options}
+    before = make_blocks((*SIZES, 1_000_000), dtype, dtype, dtype)
+    one, other = copied(before), copied(before)
+    update_single_tensor(one, **hyper)
+    assert not torch_fused_calls
+    update_cpu(other, **hyper)
+    assert len(torch_fused_calls) == len(before)
+    assert_same(other, one, before)
+    if hyper["momentum"] == 0:
+        assert all(torch.equal(b.momentum_buffer, -b.grad if maximize else b.grad) for b in other)
+
+
+def test_torchs_fused_kernel_takes_other_shapes_than_flat_ones(torch_fused_calls: list[Tensor]) -> None:
+    hyper = {**HYPER, "weight_decay": 0.0, "stochastic_rounding": False}
+    shapes = [(1, 1), (3, 43), (2, 3, 5, 7), ()]
+    flat = make_blocks([torch.Size(shape).numel() for shape in shapes])
+    before = [
+        b._replace(**{name: getattr(b, name).view(shape) for name in ("param", "grad", "momentum_buffer")})
+        for b, shape in zip(flat, shapes, strict=True)
+    ]
+    one, other = copied(before), copied(before)
+    update_single_tensor(one, **hyper)
+    update_cpu(other, **hyper)
+    assert len(torch_fused_calls) == len(shapes)
+    assert_same(other, one, before)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "options", "layout"),
+    [
+        ((torch.float32,) * 3, {"weight_decay": 0.1}, None),
+        ((torch.float32,) * 3, {"lr": torch.tensor(0.01)}, None),
+        ((torch.float32,) * 3, {}, "channels_last"),
+        ((torch.float32,) * 3, {}, "transposed"),
+        ((torch.float32,) * 3, {}, "holes"),
+        ((torch.float32, torch.float32, None), {"momentum": 0.0}, None),
+        ((torch.float32, torch.bfloat16, torch.float32), {}, None),
+        ((torch.float32, torch.float32, torch.bfloat16), {}, None),
+        ((torch.float32, torch.float32, torch.int8), {}, None),
+        ((torch.bfloat16,) * 3, {}, None),
+        ((torch.float16,) * 3, {}, None),
+    ],
+)
+def test_what_torchs_fused_kernel_cannot_do_is_done_per_tensor(
+    dtypes: tuple[torch.dtype, ...], options: dict[str, Any], layout: str | None, torch_fused_calls: list[Tensor]
+) -> None:
+    hyper = {**HYPER, "weight_decay": 0.0, "stochastic_rounding": False, **options}
+    (one,), (other,) = (make_blocks((6 * 8 * 3 * 3,), *dtypes) for _ in range(2))
+    if layout:
+        names = ("param", "grad", "momentum_buffer")
+        one, other = (
+            b._replace(**{name: _laid_out(getattr(b, name).view(6, 8, 3, 3), layout) for name in names})
+            for b in (one, other)
+        )
+        assert not one.param.is_contiguous()
+    update_single_tensor([one], **hyper)
+    update_cpu([other], **hyper)
+    assert not torch_fused_calls
+    assert all(x is None or torch.equal(x, y) for x, y in zip(one[:4], other[:4], strict=True))
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_the_optimizer_uses_torchs_fused_kernel_unless_told_not_to(
+    fused: bool | None, torch_fused_calls: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decayed, plain = (torch.nn.Parameter(torch.randn(7)) for _ in range(2))
+    groups = [{"params": [decayed], "weight_decay": 0.1}, {"params": [plain], "weight_decay": 0.0}]
+    optimizer = SGDSaI(groups, fused=fused)
+    for p in (decayed, plain):
+        p.grad = torch.randn_like(p)
+    for _ in range(2):
+        optimizer.step()
+    assert torch_fused_calls == ([] if fused is False else [plain, plain])
+    monkeypatch.setattr(kernels, "_torch_fused_sgd", None)  # a torch that has no such kernel
+    before = plain.detach().clone()
+    optimizer.step()
+    assert not torch.equal(plain, before)
 
 
 @pytest.mark.parametrize("momentum_dtype", [None, "bfloat16", "int8"])

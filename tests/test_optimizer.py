@@ -336,12 +336,13 @@ def test_a_scheduler_drives_it() -> None:
     assert [m / moves[-1] for m in moves] == pytest.approx([0.5, 0.75, 1.0], rel=1e-5)
 
 
+@pytest.mark.parametrize("options", [{"lr": torch.tensor(0.01)}, {"lr": 0.01, "weight_decay": 0.0}])
 @pytest.mark.parametrize("scaling", SCALINGS)
-def test_compiled_step_equals_eager(scaling: str) -> None:
+def test_compiled_step_equals_eager(scaling: str, options: dict[str, Any]) -> None:
     torch._dynamo.reset()
     a, b = block(6), block(5, 4)
     c, d = copy.deepcopy(a), copy.deepcopy(b)
-    eager, compiled = (SGDSaI(ps, lr=torch.tensor(0.01), scaling=scaling) for ps in ([a, b], [c, d]))
+    eager, compiled = (SGDSaI(ps, scaling=scaling, **options) for ps in ([a, b], [c, d]))
     run = torch.compile(compiled.step, backend="aot_eager")
     for _ in range(4):
         gradients = [torch.randn(6), torch.randn(5, 4)]
