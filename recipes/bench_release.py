@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from hf_sai import SGDSaI
-from hf_sai.bench.measure import state_bytes
+from hf_sai.bench.state_bytes import optimizer_state_bytes
 from recipes.common import machine, versions, write_json
 
 LLAMA_2_7B = {
@@ -103,7 +103,7 @@ def train(name: str, config: dict[str, int], device: str, steps: int, length: in
         "tokens_per_step": length,
         "tokens_per_s": round(length / later[len(later) // 2], 1),
         "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3) if cuda else None,
-        "state_bytes": state_bytes(optimizer.state),
+        "state_bytes": optimizer_state_bytes(optimizer),
         "first_step_s": round(times[0], 3),
         "first_loss": losses[0],
         "last_loss": losses[-1],

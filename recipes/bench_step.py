@@ -1,12 +1,13 @@
-"""The benchmark of the README: `cpu` on this machine, `cuda` as one command on a GPU, within nine minutes.
+"""The benchmark of the README: `cpu` on this machine, within five minutes; `cuda` on a GPU, within nine.
 
     python recipes/bench_step.py --suite cpu
     python recipes/bench_step.py --suite cuda
+    python -m recipes.readme_tables            # README's tables, from what was written
 
-`cpu`: GPT-2 124M in float32, all rivals, the fast ones in turn. `cuda`: the tests of tests/cuda, which configuration
-of the kernel is fastest, then GPT-2 XL in float32 and bfloat16, a LoRA set, both ViTs, Llama-2 7B's shapes in bfloat16,
-and full fine-tuning of the latter with gradient release (recipes/bench_release.py). Parts for which no time is left are
-marked.
+`cpu`: GPT-2 124M in float32: the fast optimizers in turn, on all cores (bench_cpu.json) and on one (bench_cpu_1thread),
+then the slow ones on all cores. `cuda`: the tests of tests/cuda, which configuration of the kernel is fastest, then
+GPT-2 XL in float32 and bfloat16, a LoRA set, both ViTs, Llama-2 7B's shapes in bfloat16, and full fine-tuning of the
+latter with gradient release (recipes/bench_release.py). Parts for which no time is left are marked.
 Results are written to recipes/results/bench_*.json and .png; a short table of what the README claims comes last.
 """
 
@@ -17,7 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -32,31 +33,60 @@ from recipes.common import machine, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 
+
+class Part(NamedTuple):
+    """What is run in one go, and which file it goes to."""
+
+    model: str
+    dtype: torch.dtype
+    optimizers: list[str]
+    at_most: int = 1000  # ordinary steps, whatever was asked for
+    settling: int = 3
+    file: str = ""  # after bench_SUITE
+    threads: int | None = None  # None: as many as there are cores
+
+
 _LARGE = ["sgd_sai", "sgd_sai_bf16", "sgd_sai_int8", "sgd_fused", "adamw_8bit_bnb", "adamw_8bit_torchao", "adafactor"]
-# On a CPU these take seconds a step: fewer steps, and not in turn with the others.
-_SLOW_ON_CPU = ["sgd_sai_int8", "prodigy", "adafactor", "adamw_8bit_bnb", "muon"]
-# (model, dtype, optimizers, at most so many steps); the first ones are those that claims are made of.
-_SUITES: dict[str, list[tuple[str, torch.dtype, list[str], int]]] = {
+# On a CPU these take a second a step and more: fewer steps, and not in turn with the others.
+_SLOW_ON_CPU = ["prodigy", "adafactor", "adamw_8bit_bnb"]
+_SLOWEST_ON_CPU = ["muon", "sgd_sai_int8"]
+_FAST_ON_CPU = [key for key in RIVALS if key not in _SLOW_ON_CPU + _SLOWEST_ON_CPU]
+_ON_ONE_THREAD = [
+    "sgd_sai",
+    "sgd_sai_no_decay",
+    "sgd_sai_bf16",
+    "sgd_sai_authors",
+    "sgd_fused",
+    "adamw_foreach",
+    "adamw_fused",
+]
+# The first parts of each are those that claims are made of.
+_SUITES: dict[str, list[Part]] = {
     "cpu": [
-        ("gpt2", torch.float32, [key for key in RIVALS if key not in _SLOW_ON_CPU], 1000),
-        ("gpt2", torch.float32, _SLOW_ON_CPU, 3),
+        Part("gpt2", torch.float32, _FAST_ON_CPU),
+        Part("gpt2", torch.float32, _ON_ONE_THREAD, file="_1thread", threads=1),
+        Part("gpt2", torch.float32, _SLOW_ON_CPU, at_most=3, settling=1),
+        Part("gpt2", torch.float32, _SLOWEST_ON_CPU, at_most=1, settling=0),
     ],
     "cuda": [
-        ("gpt2-xl", torch.float32, list(RIVALS), 1000),
-        ("gpt2-xl", torch.bfloat16, list(RIVALS), 1000),
-        ("lora", torch.float32, [key for key in RIVALS if key != "adam_mini"], 1000),
-        ("llama-2-7b", torch.bfloat16, _LARGE, 10),
-        ("vit-h-14", torch.float32, list(RIVALS), 1000),
-        ("vit-s-16", torch.float32, list(RIVALS), 1000),
-        ("gpt2", torch.float32, list(RIVALS), 1000),
+        Part("gpt2-xl", torch.float32, list(RIVALS)),
+        Part("gpt2-xl", torch.bfloat16, list(RIVALS)),
+        Part("lora", torch.float32, [key for key in RIVALS if key != "adam_mini"]),
+        Part("llama-2-7b", torch.bfloat16, _LARGE, at_most=10),
+        Part("vit-h-14", torch.float32, list(RIVALS)),
+        Part("vit-s-16", torch.float32, list(RIVALS)),
+        Part("gpt2", torch.float32, list(RIVALS)),
     ],
 }
+# Begin nothing new after so many seconds.
+_SECONDS = {"cpu": 270.0, "cuda": 530.0}
 # What the README claims: (model, dtype, row, divided by, at most).
 _CLAIMS = {
     "cpu": [
         ("gpt2", "float32", "sgd_sai", "adamw_fused", 1.05),
         ("gpt2", "float32", "sgd_sai", "sgd_sai_authors", 0.70),
         ("gpt2", "float32", "sgd_sai", "sgd_fused", 1.10),
+        ("gpt2", "float32", "sgd_sai_no_decay", "sgd_fused", 1.10),
         ("gpt2", "float32", "sgd_sai", "first step less allocation", 3.0),
     ],
     "cuda": [
@@ -141,18 +171,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=sorted(_SUITES), default="cpu")
     parser.add_argument("--steps", type=int, default=20, help="ordinary steps timed for each optimizer")
-    parser.add_argument("--threads", type=int, help="of the CPU (default: torch's choice)")
-    parser.add_argument("--seconds", type=float, default=530, help="begin nothing new after so many (default: 530)")
+    parser.add_argument("--seconds", type=float, help=f"begin nothing new after so many (default: {_SECONDS})")
     parser.add_argument("--optimizers", nargs="+", choices=list(RIVALS), metavar="NAME", help="only these")
-    parser.add_argument("--name", default="", help="part of the files' name, to keep several runs apart")
     parser.add_argument("--results", type=Path, default=ROOT / "recipes" / "results", help="where files are written")
     args = parser.parse_args()
-    deadline = time.monotonic() + args.seconds
+    deadline = time.monotonic() + (args.seconds or _SECONDS[args.suite])
     cuda = args.suite == "cuda"
     if cuda and not torch.cuda.is_available():
         parser.error("--suite cuda needs a CUDA device, and torch finds none")
-    if args.threads:
-        torch.set_num_threads(args.threads)
     conditions: dict[str, Any] = {"suite": args.suite, "steps": args.steps, "load_average_before": os.getloadavg()}
     if cuda:
         conditions["tests"] = run_tests()
@@ -162,47 +188,53 @@ def main() -> None:
         rows = bench_release.run_all(bench_release.LLAMA_2_7B, "cuda", 20, 1024, deadline - 240)
         conditions["full_fine_tuning"] = rows
         print(bench_release.as_table(rows), flush=True)
-    results = []
-    for name, dtype, optimizers, at_most in _SUITES[args.suite]:
-        optimizers = [key for key in optimizers if key in (args.optimizers or RIVALS)]
+    results: dict[str, list[Result]] = {}  # by file
+    for part in _SUITES[args.suite]:
+        optimizers = [key for key in part.optimizers if key in (args.optimizers or RIVALS)]
         if not optimizers:
             continue
         if time.monotonic() > deadline:
-            print(f"{name} {dtype}: not measured, out of time")
+            print(f"{part.model} {part.dtype}: not measured, out of time")
             continue
-        results.append(
+        if not cuda:
+            torch.set_num_threads(part.threads or os.cpu_count() or 1)
+        in_file = results.setdefault(part.file, [])
+        in_file.append(
             bench(
-                name,
-                model(name),
+                part.model,
+                model(part.model),
                 optimizers=optimizers,
-                dtype=dtype,
+                dtype=part.dtype,
                 device="cuda" if cuda else "cpu",
-                steps=min(args.steps, at_most),
+                steps=min(args.steps, part.at_most),
+                settling=part.settling,
                 deadline=deadline,
                 progress=lambda text: print(f"  {text}", file=sys.stderr, flush=True),
             )
         )
-        print(table(results[-1]), end="\n\n", flush=True)
-        # After each model, so that a run cut short leaves what it has measured.
+        print(table(in_file[-1]), end="\n\n", flush=True)
+        # After each part, so that a run cut short leaves what it has measured.
+        path = args.results / f"bench_{args.suite}{part.file}.json"
         found = [
-            {"claim": text, "measured": value, "at_most": limit} for text, value, limit in claims(args.suite, results)
+            {"claim": text, "measured": value, "at_most": limit} for text, value, limit in claims(args.suite, in_file)
         ]
-        stem = args.results / f"bench_{args.suite}{args.name and '_'}{args.name}"
         write_json(
-            stem.with_suffix(".json"),
-            results,
+            path,
+            in_file,
             **conditions,
             load_average_after=os.getloadavg(),
             claims=found,
             machine=machine(),
             versions=versions(),
         )
-    if results:
-        chart(stem.with_suffix(".png"), results)
-    for text, value, limit in claims(args.suite, results):
-        measured = "not measured" if value is None else f"{value:.3f}"
-        verdict = "" if value is None else "ok" if value <= limit else "MISSED"
-        print(f"{text:<58}{measured:>14}   at most {limit:.2f}   {verdict}")
+        if any(row.step_ms is not None for result in in_file for row in result.rows):
+            chart(path.with_suffix(".png"), in_file)
+    for file, in_file in results.items():
+        print(f"bench_{args.suite}{file}.json")
+        for text, value, limit in claims(args.suite, in_file):
+            measured = "not measured" if value is None else f"{value:.3f}"
+            verdict = "" if value is None else "ok" if value <= limit else "MISSED"
+            print(f"  {text:<58}{measured:>14}   at most {limit:.2f}   {verdict}")
     if cuda:
         print(bench_release.as_table(conditions["full_fine_tuning"]))
         print("tests/cuda:", conditions["tests"])

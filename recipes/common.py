@@ -15,7 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -151,35 +151,6 @@ def _config_option(argv: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 # ---------------------------------------------------------------- measuring
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """Every plain tensor inside containers, sharded tensors and quantised tensors, as held by this process."""
-    if isinstance(value, torch.Tensor):
-        if hasattr(value, "to_local"):  # DTensor
-            yield from _tensors(value.to_local())
-        elif hasattr(value, "__tensor_flatten__"):  # a subclass made of several tensors: quantised state
-            for name in value.__tensor_flatten__()[0]:
-                yield from _tensors(getattr(value, name))
-        else:
-            yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple | set):
-        for item in value:
-            yield from _tensors(item)
-
-
-def optimizer_state_bytes(optimizer: Any) -> int:
-    """Bytes of the tensors in the optimizer's state held by this process; one shared by several blocks counts once.
-
-    Args:
-        optimizer: a torch optimizer, or accelerate's wrapper around one.
-    """
-    optimizer = getattr(optimizer, "optimizer", optimizer)
-    distinct = {id(t): t for t in _tensors(list(optimizer.state.values()))}
-    return sum(t.numel() * t.element_size() for t in distinct.values())
 
 
 class StepTimer(TrainerCallback):

@@ -20,11 +20,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import get_scheduler
 
+from hf_sai.bench.state_bytes import optimizer_state_bytes
 from recipes.common import (
     StepTimer,
     UserError,
     check_writable,
-    optimizer_state_bytes,
     parse_config,
     public_settings,
     run_main,

@@ -33,6 +33,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from hf_sai.bench.state_bytes import optimizer_state_bytes
 from hf_sai.checkpoints import last_whole_checkpoint
 from hf_sai.metrics import E2E_NLG
 from recipes.common import (
@@ -41,7 +42,6 @@ from recipes.common import (
     check_writable,
     did_you_mean,
     markdown_text,
-    optimizer_state_bytes,
     parse_config,
     run_main,
     run_record,

@@ -12,7 +12,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from recipes.common import optimizer_state_bytes, run_record
+from hf_sai.bench.state_bytes import optimizer_state_bytes
+from recipes.common import run_record
 
 # Dense bf16 and fp16 tensor-core peaks in FLOP/s from the makers' data sheets; the first name that fits wins.
 GPU_PEAKS = {

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hf_sai.bench.paper import TABLES_1_AND_3
+from hf_sai.bench.shapes import model
 from recipes.common import write_text
 
 ROOT = Path(__file__).parent.parent
@@ -69,7 +71,75 @@ def diffusion() -> str:
     return markdown(["", "all right", "object", "colour", "place", "nothing seen", "state kB"], rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"e2e": e2e, "diffusion": diffusion}
+def _step_rows(record: dict[str, Any], name: str) -> dict[str, dict[str, Any]]:
+    """What a benchmark measured of a model in float32, by optimizer."""
+    return {
+        row["optimizer"]: row
+        for one in record["results"]
+        for row in one["rows"]
+        if (one["model"], one["dtype"]) == (name, "float32") and row["step_ms"] is not None
+    }
+
+
+def speed() -> str:
+    """Steps of GPT-2 124M on a CPU, on all cores and on one: time, ratio to AdamW's fused kernel, first step, state."""
+    records = [result("bench_cpu"), result("bench_cpu_1thread")]
+    measured = [_step_rows(record, "gpt2") for record in records]
+    threads = [record["results"][0]["threads"] for record in records]
+    header = ["GPT-2 124M, float32"]
+    for n in threads:
+        header += [f"ms, {n} thread{'s' if n > 1 else ''} (quartiles)", "/ AdamW fused"]
+    rows = []
+    for optimizer in dict.fromkeys([*measured[0], *measured[1]]):
+        cells = []
+        for of in measured:
+            row = of.get(optimizer)
+            if row is None:
+                cells += ["-", "-"]
+                continue
+            spread = "" if row["quartiles_ms"] is None else " ({:.0f} to {:.0f})".format(*row["quartiles_ms"])
+            cells += [f"{row['step_ms']:.0f}{spread}", f"{row['step_ms'] / of['adamw_fused']['step_ms']:.2f}"]
+        any_row = measured[0].get(optimizer) or measured[1][optimizer]
+        rows.append(
+            [any_row["title"], *cells, f"{any_row['first_step_ms']:.0f}", f"{any_row['state_bytes'] / 1e6:.0f}"]
+        )
+    table = markdown([*header, "first step ms", "state MB"], rows)
+    steps = max(row["steps"] for row in measured[0].values())
+    loads = " and ".join(f"{record['load_average_before'][0]:.1f}" for record in records)
+    return (
+        f"{table}\n\nMedian of {steps} steps or fewer, the fast ones in turn in one process; the first step allocates "
+        f"the state, and ours calibrates; {records[0]['machine']['cpu']}, torch {records[0]['versions']['torch']}, "
+        f"load average at the start {loads}."
+    )
+
+
+_IN_PAPER = {"SGD-SaI": "sgd_sai", "SGDM": "sgd_fused", "AdamW": "adamw_fused", "Adam": "adam_fused"}
+_IN_PAPER |= {"Adam-Mini": "adam_mini", "Prodigy": "prodigy"}
+
+
+def speed_cuda() -> str:
+    """Steps on a GPU: ours of GPT-2 XL, where they have been measured, and the paper's, from another machine."""
+    names = ["gpt2-xl", "vit-h-14", "vit-s-16", "llama-2-7b"]
+    measured = (RESULTS / "bench_cuda.json").exists()
+    record = result("bench_cuda") if measured else {"results": []}
+    ours = _step_rows(record, names[0])
+    rows = []
+    for title, optimizer in _IN_PAPER.items():
+        papers = [TABLES_1_AND_3[name, title] for name in names]
+        rows.append(
+            [
+                title,
+                f"{ours[optimizer]['step_ms']:.1f}" if optimizer in ours else "not measured",
+                *(f"{'out of memory' if p.step_ms is None else f'{p.step_ms:g}'}, {p.state_gb:g}" for p in papers),
+            ]
+        )
+    titles = [model(name).title for name in names]
+    table = markdown(["float32", f"{titles[0]} here, ms", *(f"{title}, paper: ms, state GB" for title in titles)], rows)
+    where = f"Here: {record['results'][0]['device']}. " if measured else ""
+    return f"{table}\n\n{where}Paper: another machine, an A100 80GB (Tables 1 and 3)."
+
+
+TABLES: dict[str, Callable[[], str]] = {"e2e": e2e, "diffusion": diffusion, "speed": speed, "speed_cuda": speed_cuda}
 
 
 def rewritten(text: str) -> str:

@@ -2,23 +2,34 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from hf_sai import SGDSaI
 from hf_sai.bench import rivals
-from hf_sai.bench.measure import Row, bench, copy_bandwidth, state_bytes
+from hf_sai.bench.measure import Row, bench, copy_bandwidth
 from hf_sai.bench.paper import TABLES_1_AND_3
 from hf_sai.bench.report import chart, table, write_json
 from hf_sai.bench.rivals import RIVALS, Rival
 from hf_sai.bench.shapes import MODELS, Model, model
+from hf_sai.bench.state_bytes import optimizer_state_bytes
 from hf_sai.cli import main
 
 SMALL = Model("small", [("wte.weight", (30, 8)), ("h.0.mlp.weight", (8, 8)), ("h.0.mlp.bias", (8,))], 8, 1)
 NUMEL = 30 * 8 + 64 + 8
 OURS = ["sgd_sai", "sgd_sai_foreach", "sgd_sai_bf16", "sgd_sai_int8"]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of 4 MB in place of 256, and no collection of garbage before each optimizer."""
+    monkeypatch.setattr("hf_sai.bench.measure._release_memory", lambda device: None)
+    monkeypatch.setattr("hf_sai.bench.measure.copy_bandwidth", partial(copy_bandwidth, size=1 << 22, repetitions=3))
 
 
 @pytest.mark.parametrize(
@@ -131,9 +142,37 @@ def test_copy_bandwidth_counts_bytes_read_and_written() -> None:
     assert 0.01 < copy_bandwidth(torch.device("cpu"), size=1 << 22, repetitions=3) < 10_000
 
 
-def test_state_bytes_counts_a_shared_tensor_once() -> None:
-    x = torch.zeros(10)
-    assert state_bytes({"a": {"m": x, "v": [x, torch.zeros(3, dtype=torch.int8)]}, "b": {"m": x, "n": 4}}) == 43
+def test_state_bytes_are_those_of_the_tensors() -> None:
+    model = nn.Linear(10, 6)  # 66 parameters
+    loss = model(torch.randn(3, 10)).square().sum()
+    loss.backward()
+    adamw, ours = torch.optim.AdamW(model.parameters()), SGDSaI(model.parameters())
+    adamw.step()
+    ours.step()
+    assert optimizer_state_bytes(adamw) == 2 * 66 * 4 + 2 * 4  # two moments; a step counter a parameter
+    assert optimizer_state_bytes(ours) == 66 * 4 + 2 * 2 * 4  # momentum; gsnr and scale a parameter
+
+
+def test_state_bytes_find_nested_shared_and_wrapped_tensors() -> None:
+    class Wrapper:
+        def __init__(self, optimizer: Any):
+            self.optimizer = optimizer
+
+    p, shared = torch.zeros(1), torch.zeros(8, dtype=torch.uint8)
+    optimizer = torch.optim.SGD([p], lr=0.1)
+    optimizer.state[p] = {"deep": [{"m": torch.zeros(4, dtype=torch.bfloat16)}, (shared,)], "again": shared, "step": 3}
+    assert optimizer_state_bytes(Wrapper(optimizer)) == 4 * 2 + 8
+
+
+def test_state_bytes_of_a_sharded_tensor_are_the_local_ones() -> None:
+    class Sharded(torch.Tensor):  # what DTensor offers, without a process group
+        def to_local(self) -> torch.Tensor:
+            return torch.zeros(3)
+
+    p = torch.zeros(1)
+    optimizer = torch.optim.SGD([p], lr=0.1)
+    optimizer.state[p] = {"m": torch.zeros(6).as_subclass(Sharded)}
+    assert optimizer_state_bytes(optimizer) == 3 * 4
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,5 +202,91 @@ def test_claims_are_true_to_the_rows() -> None:
         "gpt2 float32: sgd_sai / adamw_fused": (0.75, 1.05),
         "gpt2 float32: sgd_sai / sgd_sai_authors": (None, 0.70),
         "gpt2 float32: sgd_sai / sgd_fused": (1.5, 1.10),
+        "gpt2 float32: sgd_sai_no_decay / sgd_fused": (None, 1.10),
         "gpt2 float32: sgd_sai first step / step": (2.5, 3.0),
     }
+
+
+# ------------------------------------------------------------------------------- the recipe: one command, its files
+
+
+@pytest.fixture
+def small_suites(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """bench_step with the suites it has, but a small model in place of every real one."""
+    from recipes import bench_step
+
+    monkeypatch.setattr(bench_step, "model", lambda name: SMALL)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    return bench_step
+
+
+def written(folder: Path) -> dict[str, Any]:
+    return {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+def test_one_command_measures_all_cores_and_one(
+    small_suites: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["bench_step.py", "--steps", "2", "--results", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", arguments)
+    small_suites.main()
+    files = written(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "bench_cpu.json",
+        "bench_cpu.png",
+        "bench_cpu_1thread.json",
+        "bench_cpu_1thread.png",
+    ]
+    rows = {row["optimizer"]: row for one in files["bench_cpu.json"]["results"] for row in one["rows"]}
+    assert rows.keys() == {key for key, rival in RIVALS.items() if rival.only != "cuda"}
+    assert all(row["steps"] >= 1 or "not installed" in row["error"] for row in rows.values())
+    assert {"sgd_sai", "adamw_fused"} < {
+        row["optimizer"] for row in files["bench_cpu_1thread.json"]["results"][0]["rows"]
+    }
+    assert all(claim["measured"] > 0 for file in files.values() for claim in file["claims"])
+    out = capsys.readouterr().out
+    assert out.count("gpt2 float32: sgd_sai / adamw_fused") == 2
+    assert "not measured" not in out.partition("bench_cpu.json")[2]
+
+
+def test_the_command_for_a_gpu_is_ready(
+    small_suites: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Everything but the GPU: each part, on the CPU; without one it says so."""
+    some = ["sgd_sai", "sgd_sai_authors", "adamw_fused", "adam_mini"]  # those that claims are made of
+    arguments = ["--suite", "cuda", "--steps", "2", "--results", str(tmp_path), "--optimizers", *some]
+    monkeypatch.setattr("sys.argv", ["bench_step.py", *arguments])
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit):
+            small_suites.main()
+        assert "--suite cuda needs a CUDA device" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(small_suites, "bench", lambda *args, device, **options: bench(*args, device="cpu", **options))
+    monkeypatch.setattr(small_suites, "run_tests", lambda: "3 passed")
+    monkeypatch.setattr(small_suites, "machine", dict)
+    for name in ("TILE", "PIECE", "WARPS"):  # sweep leaves the fastest in force
+        monkeypatch.setattr(f"hf_sai.fused.{name}", getattr(pytest.importorskip("hf_sai.fused"), name))
+    release = small_suites.bench_release
+    run_all = release.run_all
+    monkeypatch.setattr(
+        release, "run_all", lambda config, device, steps, *rest: run_all(release.TINY, "cpu", 4, 16, 1e30)
+    )
+    small_suites.main()
+    (content,) = written(tmp_path).values()
+    assert [(one["model"], one["dtype"]) for one in content["results"]] == [
+        ("gpt2-xl", "float32"),
+        ("gpt2-xl", "bfloat16"),
+        ("lora", "float32"),
+        ("llama-2-7b", "bfloat16"),
+        ("vit-h-14", "float32"),
+        ("vit-s-16", "float32"),
+        ("gpt2", "float32"),
+    ]
+    assert content["tests"] == "3 passed"
+    assert [row["optimizer"] for row in content["full_fine_tuning"]] == list(release.RUNS)
+    assert content["full_fine_tuning"][0]["all_losses_finite"]
+    assert len(content["kernel_ms"]) == 3 * len(small_suites._CONFIGURATIONS)
+    assert len(content["claims"]) == len(small_suites._CLAIMS["cuda"])
+    assert all(claim["measured"] for claim in content["claims"])
+    assert (tmp_path / "bench_cuda.png").exists()

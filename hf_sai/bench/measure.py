@@ -5,20 +5,18 @@ import io
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hf_sai.bench.rivals import RIVALS, Named
 from hf_sai.bench.shapes import Model
+from hf_sai.bench.state_bytes import optimizer_state_bytes
 
-# Steps after the first that are not counted: allocators, caches and clocks settle.
-_SETTLING = 3
 # The share of free memory that optimizers may fill together, so as to be run in turn.
 _SHARE = 0.6
 
@@ -82,6 +80,7 @@ def bench(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     steps: int = 20,
+    settling: int = 3,
     deadline: float = math.inf,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Result:
@@ -94,6 +93,7 @@ def bench(
         dtype: of parameters and gradients.
         device: where they are.
         steps: how many ordinary steps are timed.
+        settling: steps after the first that are not timed: allocators, caches and clocks settle.
         deadline: ``time.monotonic()`` after which no further optimizer is begun.
         progress: told what is being done.
 
@@ -133,7 +133,7 @@ def bench(
         one = _Measurement(key, named, device)
         if time.monotonic() < deadline:
             progress(f"{one.row.title}: first step")
-            one.begin(model)
+            one.begin(model, settling)
         else:
             one.row.error = "not measured: out of time"
         if not in_turn:
@@ -161,7 +161,7 @@ class _Measurement:
         self._times: list[float] = []
         self._optimizer: Any = None
 
-    def begin(self, model: Model) -> None:
+    def begin(self, model: Model, settling: int) -> None:
         row, device = self.row, self._device
         try:
             _warm_up(self._key, model, self._named, device)
@@ -169,9 +169,10 @@ class _Measurement:
             with redirect_stdout(io.StringIO()):  # the authors' release prints
                 self._optimizer = RIVALS[self._key].make(model, self._named)
                 row.first_step_ms = self._timed()
-            row.state_bytes = state_bytes(self._optimizer.state)
+            row.state_bytes = optimizer_state_bytes(self._optimizer)
             row.first_step_less_allocation_ms = row.first_step_ms - _allocation_ms(row.state_bytes, device)
-            for _ in range(_SETTLING):
+            before = None
+            for _ in range(settling):
                 before = _allocated(device)
                 self._optimizer.step()
             row.peak_bytes = None if before is None else torch.cuda.max_memory_allocated(device) - before
@@ -224,27 +225,6 @@ def copy_bandwidth(device: torch.device, size: int = 1 << 28, repetitions: int =
         _synchronize(device)
         times.append((time.perf_counter() - begin) / 4)
     return 2 * source.numel() * 4 / statistics.median(times[1:]) / 1e9
-
-
-def state_bytes(state: Any) -> int:
-    """Bytes of the distinct tensors in an optimizer's state, those inside quantised tensors included."""
-    distinct = {(t.data_ptr(), t.numel(), t.dtype): t for t in _tensors(state)}
-    return sum(t.numel() * t.element_size() for t in distinct.values())
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        if hasattr(value, "__tensor_flatten__"):
-            for name in value.__tensor_flatten__()[0]:
-                yield from _tensors(getattr(value, name))
-        else:
-            yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
 
 
 def _warm_up(key: str, model: Model, named: Named, device: torch.device) -> None:

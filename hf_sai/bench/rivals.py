@@ -96,6 +96,8 @@ _SGD = partial(torch.optim.SGD, lr=1e-4, momentum=0.9)
 
 RIVALS: dict[str, Rival] = {
     "sgd_sai": Rival("SGD-SaI (hf_sai)", _sgd_sai(), "SGD-SaI"),
+    # On a CPU weight decay costs time, and only there (and the Trainer's default is none): see kernels.update_cpu.
+    "sgd_sai_no_decay": Rival("SGD-SaI (hf_sai), no weight decay", _sgd_sai(weight_decay=0.0), "SGD-SaI", only="cpu"),
     "sgd_sai_foreach": Rival("SGD-SaI (hf_sai), foreach", _sgd_sai(foreach=True), "SGD-SaI"),
     "sgd_sai_per_tensor": Rival(
         "SGD-SaI (hf_sai), per tensor", _sgd_sai(foreach=False, fused=False), "SGD-SaI", only="cuda"

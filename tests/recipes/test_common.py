@@ -19,7 +19,6 @@ from recipes.common import (
     StepTimer,
     UserError,
     machine,
-    optimizer_state_bytes,
     parse_config,
     public_settings,
     run_main,
@@ -242,39 +241,6 @@ def test_schedule_warms_up_and_ends_at_zero(warmup: float) -> None:
 
 
 # ---------------------------------------------------------------- measuring
-
-
-def test_state_bytes_are_those_of_the_tensors() -> None:
-    model = nn.Linear(10, 6)  # 66 parameters
-    loss = model(torch.randn(3, 10)).square().sum()
-    loss.backward()
-    adamw, ours = torch.optim.AdamW(model.parameters()), SGDSaI(model.parameters())
-    adamw.step()
-    ours.step()
-    assert optimizer_state_bytes(adamw) == 2 * 66 * 4 + 2 * 4  # two moments; a step counter a parameter
-    assert optimizer_state_bytes(ours) == 66 * 4 + 2 * 2 * 4  # momentum; gsnr and scale a parameter
-
-
-def test_state_bytes_find_nested_shared_and_wrapped_tensors() -> None:
-    class Wrapper:
-        def __init__(self, optimizer: Any):
-            self.optimizer = optimizer
-
-    p, shared = torch.zeros(1), torch.zeros(8, dtype=torch.uint8)
-    optimizer = torch.optim.SGD([p], lr=0.1)
-    optimizer.state[p] = {"deep": [{"m": torch.zeros(4, dtype=torch.bfloat16)}, (shared,)], "again": shared, "step": 3}
-    assert optimizer_state_bytes(Wrapper(optimizer)) == 4 * 2 + 8
-
-
-def test_state_bytes_of_a_sharded_tensor_are_the_local_ones() -> None:
-    class Sharded(torch.Tensor):  # what DTensor offers, without a process group
-        def to_local(self) -> torch.Tensor:
-            return torch.zeros(3)
-
-    p = torch.zeros(1)
-    optimizer = torch.optim.SGD([p], lr=0.1)
-    optimizer.state[p] = {"m": torch.zeros(6).as_subclass(Sharded)}
-    assert optimizer_state_bytes(optimizer) == 3 * 4
 
 
 def test_step_timer_skips_and_takes_medians(monkeypatch: pytest.MonkeyPatch) -> None:
