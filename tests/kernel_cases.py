@@ -48,7 +48,8 @@ def assert_same(actual: list[Block], expected: list[Block], before: list[Block])
     """Each path rounds to float32 at most four times more or less often than another, in its own order; float64 alike.
 
     In what is then rounded to fewer bits the two may fall on neighbouring numbers where one of those float32 numbers
-    lies within that distance of a boundary: seldom (at most in 1 of 100 elements, or in one).
+    lies within that distance of a boundary: seldom (at most in 1 of 100 elements, or in one). But of two numbers with
+    few bits, 0.9*m + 0.1*g lies exactly on one whenever 9*m + g is 5 more than a multiple of 10 units: in 1 of 10.
     """
     for a, e, b in zip(actual, expected, before, strict=True):
         # The terms that are added up, in units of which float32 rounds.
@@ -64,11 +65,12 @@ def assert_same(actual: list[Block], expected: list[Block], before: list[Block])
                 torch.testing.assert_close(a.momentum_scale, e.momentum_scale, rtol=4 * 2.0**-23, atol=0.0)
                 _assert_near(a.momentum_buffer, e.momentum_buffer, torch.ones_like(held))
             else:
-                _assert_near(a.momentum_buffer, e.momentum_buffer, momentum_size)
+                few_bits = torch.float32 not in (b.momentum_buffer.dtype, b.grad.dtype)
+                _assert_near(a.momentum_buffer, e.momentum_buffer, momentum_size, one_in=10 if few_bits else 100)
         _assert_near(a.param, e.param, size)
 
 
-def _assert_near(a: Tensor | None, e: Tensor | None, size: Tensor) -> None:
+def _assert_near(a: Tensor | None, e: Tensor | None, size: Tensor, one_in: int = 100) -> None:
     assert a is not None
     assert e is not None
     assert a.dtype == e.dtype
@@ -78,5 +80,7 @@ def _assert_near(a: Tensor | None, e: Tensor | None, size: Tensor) -> None:
         return
     spacing = torch.ones_like(difference) if a.dtype == torch.int8 else torch.finfo(a.dtype).eps * e.double().abs()
     subnormal = 0.0 if a.dtype == torch.int8 else torch.finfo(a.dtype).smallest_normal
-    assert (difference <= spacing + subnormal).all(), difference.max()
-    assert (difference > 0).sum() <= max(1, difference.numel() // 100), "more than 1 of 100 elements differ"
+    # Where the terms cancel, what is left of them is what float32 has rounded.
+    allowed = spacing + subnormal + (0.0 if a.dtype == torch.int8 else 4 * 2.0**-23 * size)
+    assert (difference <= allowed).all(), (difference - allowed).max()
+    assert (difference > 0).sum() <= max(1, difference.numel() // one_in), f"more than 1 of {one_in} elements differ"

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import DTYPES, HYPER, MOMENTUM_DTYPES, assert_same, copied, make_blocks
+from kernel_cases import DTYPES, HYPER, MOMENTUM_DTYPES, SIZES, assert_same, copied, make_blocks
 
 pytest.importorskip("triton")
 
@@ -38,27 +38,36 @@ def test_in_the_interpreter() -> None:
     assert re.search(r"\b(\d\d+) passed", done.stdout), done.stdout  # they ran, and were not skipped
 
 
-def both(before: Any, **hyper: Any) -> None:
+def both(before: Any, grad_scale: float | None = None, **hyper: Any) -> None:
+    """Both paths from the same blocks; with a ``grad_scale``, a power of two, the fused one has scaled gradients."""
     from hf_sai.fused import update_fused
     from hf_sai.kernels import update_single_tensor
 
     if before[0].momentum_buffer is None:
         hyper["momentum"] = 0.0
     fused, plain = copied(before), copied(before)
-    update_fused(fused, **hyper)
+    if grad_scale is None:
+        update_fused(fused, **hyper)
+    else:
+        scaled = [b._replace(grad=b.grad * grad_scale) for b in fused]
+        no_overflow = torch.tensor(0.0)
+        update_fused(scaled, grad_scale=torch.tensor(grad_scale), found_inf=no_overflow, **hyper)
     update_single_tensor(plain, **hyper)
     assert_same(fused, plain, before)
 
 
 @interpreted
+@pytest.mark.parametrize("options", [{}, {"maximize": True, "lr": torch.tensor(0.01), "grad_scale": 8.0}])
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize(
     ("p_dtype", "g_dtype", "m_dtype"),
-    list(itertools.product(DTYPES, (torch.float32, torch.bfloat16), MOMENTUM_DTYPES)),
+    list(itertools.product(DTYPES, DTYPES, (*MOMENTUM_DTYPES, torch.float16))),
 )
-def test_every_dtype(p_dtype: torch.dtype, g_dtype: torch.dtype, m_dtype: torch.dtype | None, stochastic: bool) -> None:
-    before = make_blocks((1, 2, 127, 129), p_dtype, g_dtype, m_dtype, stochastic)
-    both(before, **HYPER, stochastic_rounding=stochastic)
+def test_every_dtype(
+    p_dtype: torch.dtype, g_dtype: torch.dtype, m_dtype: torch.dtype | None, stochastic: bool, options: dict[str, Any]
+) -> None:
+    before = make_blocks(SIZES, p_dtype, g_dtype, m_dtype, stochastic)
+    both(before, **{**HYPER, **options}, stochastic_rounding=stochastic)
 
 
 @interpreted
@@ -70,15 +79,17 @@ def test_every_size(size: int, m_dtype: torch.dtype) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("m_dtype", [torch.float32, torch.int8])
-def test_a_million_elements(m_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m_dtype", [torch.float32, torch.bfloat16, torch.int8, None])
+def test_a_million_elements(m_dtype: torch.dtype | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_sai.fused.PIECE", 8192)  # fewer, for the interpreter's sake
-    both(make_blocks((1_000_000,), m_dtype=m_dtype), **HYPER, stochastic_rounding=False)
+    both(make_blocks((1_000_000,), dtype, dtype, m_dtype, True), **HYPER, stochastic_rounding=True)
 
 
 @interpreted
-def test_five_hundred_blocks_in_one_launch_each_with_its_own_scale() -> None:
-    both(make_blocks([1 + i % 7 for i in range(500)]), **HYPER, stochastic_rounding=False)
+@pytest.mark.parametrize("blocks", [1, 2, 3, 64, 500])
+def test_all_blocks_in_one_launch_each_with_its_own_scale(blocks: int) -> None:
+    both(make_blocks([1 + i % 7 for i in range(blocks)]), **HYPER, stochastic_rounding=False)
 
 
 @interpreted
