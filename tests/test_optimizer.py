@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hf_sai import SGDSaI
 
@@ -334,6 +335,31 @@ def test_a_scheduler_drives_it() -> None:
         scheduler.step()
         moves.append((a.detach() - before).norm().item())
     assert [m / moves[-1] for m in moves] == pytest.approx([0.5, 0.75, 1.0], rel=1e-5)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_neither_calibration_nor_a_step_takes_memory_of_a_blocks_size(weight_decay: float) -> None:
+    """Beside the momentum nothing larger than one chunk of 2^18 float32 numbers is allocated."""
+    p = block(1 << 21)
+    p.grad = torch.randn_like(p)
+    optimizer = SGDSaI([p], weight_decay=weight_decay)
+    old = {x.untyped_storage().data_ptr() for x in (p, p.grad)}
+    sizes: dict[int, int] = {}
+
+    class Allocations(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            for x in tree_leaves(out):
+                if isinstance(x, torch.Tensor) and (at := x.untyped_storage().data_ptr()) not in old:
+                    sizes[at] = max(sizes.get(at, 0), x.untyped_storage().nbytes())
+            return out
+
+    for expected in ([4 << 21], []):
+        with Allocations():
+            optimizer.step()
+        assert [size for size in sizes.values() if size > 4 << 18] == expected
+        old.add(optimizer.state[p]["momentum_buffer"].untyped_storage().data_ptr())
+        sizes.clear()
 
 
 @pytest.mark.parametrize("options", [{"lr": torch.tensor(0.01)}, {"lr": 0.01, "weight_decay": 0.0}])
