@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
+import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel, ResNetForImageClassification
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -35,6 +36,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             **{"layer_type": "basic", "depths": [2, 2, 2, 2]},
             **{"embedding_size": 64, "hidden_sizes": [64, 128, 256, 512]},
+        },
+    ),
+    "resnet18_thin": (  # a quarter of the width, 0.7 M parameters
+        "resnet",
+        {
+            **{"layer_type": "basic", "depths": [2, 2, 2, 2]},
+            **{"embedding_size": 16, "hidden_sizes": [16, 32, 64, 128]},
         },
     ),
     "convnext_tiny": ("convnext", {}),
@@ -111,12 +119,15 @@ def build_model(options: ImageModelArguments, image_size: int, channels: int, cl
         config = AutoConfig.for_model(kind, **fields)
         _check_size(config, image_size)
         if kind == "resnet" and image_size < SMALL_IMAGE:
-            return SmallImageResNet(config)
-        return AutoModelForImageClassification.from_config(config)
+            model: PreTrainedModel = SmallImageResNet(config)
+        else:
+            model = AutoModelForImageClassification.from_config(config)
     except UserError:
         raise
     except (StrictDataclassError, ValueError, TypeError) as error:
         raise UserError(f"model_options: {error}") from error
+    # the layout that convolutions are fastest in, on GPUs and on CPUs; it changes no value
+    return model.to(memory_format=torch.channels_last)
 
 
 def _check_size(config: Any, image_size: int) -> None:
