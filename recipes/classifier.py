@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
 from recipes.common import (
@@ -141,6 +141,18 @@ class ClassifierTrainer(Trainer):
         if others is None:
             return loss
         return share[0] * loss + (1 - share[0]) * cross_entropy(logits, others, label_smoothing=smoothing)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """As `from_pretrained` does it, with every weight accounted for.
+
+        transformers 5 saves a ViT under its old names and loads a checkpoint under the new ones: the Trainer would
+        only log that the layers are missing, and go on from fresh ones.
+        """
+        model = self.model if model is None else model
+        if self.is_fsdp_enabled or not isinstance(model, PreTrainedModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            model.load_state_dict(type(model).from_pretrained(resume_from_checkpoint).state_dict())
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         running = self.clock.since is not None
