@@ -1,4 +1,4 @@
-"""Random changes of training images: shift and mirror on batches of tensors; crop, mirror and RandAugment on PIL images.
+"""Random changes of training images: shifts and mirroring of batches of tensors, crops and RandAugment of PIL images.
 
 Every draw depends on the seed, the epoch and the image's number only: not on the batch size, the number of processes
 or the optimizer, so that rivals see the same images and a resumed run sees what the run never killed would have seen.

@@ -140,7 +140,9 @@ class ImageSet(Dataset):
         batch = {"pixel_values": values, "labels": self.labels[places]}
         if augmented and self.options.mixup:
             # one more number than an image's key has: a stream of its own
-            batch = mix(batch, self.options.mixup, np.random.default_rng((self.augment_seed, self.epoch, indices[0], 0)))
+            batch = mix(
+                batch, self.options.mixup, np.random.default_rng((self.augment_seed, self.epoch, indices[0], 0))
+            )
         return batch
 
     def _decoded(self, index: int) -> Tensor:
@@ -204,9 +206,7 @@ def load_images(options: ImageArguments, seed: int) -> ImageData:
     return ImageData(train, validation, classes, len(mean), size, mean, std)
 
 
-def _stacked(
-    images: Iterable[Image.Image], mode: str, size: int | None, resize_to: int | None, split: str
-) -> Tensor:
+def _stacked(images: Iterable[Image.Image], mode: str, size: int | None, resize_to: int | None, split: str) -> Tensor:
     """All images as one (count, size, size, channels) uint8 tensor."""
     decoded = []
     for row, image in enumerate(_readable(images, split)):
@@ -347,7 +347,7 @@ def _images(split: Any, column: str) -> Any:
     if not isinstance(split.features[column], ImageFeature):  # parquet that another program wrote
         try:
             split = split.cast_column(column, ImageFeature())
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, NotImplementedError) as error:
             raise UserError(f"image_column: {column!r} holds no images ({error})") from error
     return split[column]
 

@@ -6,8 +6,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel, ResNetForImageClassification
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -20,29 +20,39 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit_h14": (
         "vit",
         {
-            **{"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16},
-            **{"intermediate_size": 5120, "patch_size": 14},
+            "hidden_size": 1280,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 16,
+            "intermediate_size": 5120,
+            "patch_size": 14,
         },
     ),
     "vit_small_images": (  # 0.2 M parameters; patches of 4 pixels: 64 of them in an image of CIFAR
         "vit",
         {
-            **{"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4},
-            **{"intermediate_size": 256, "patch_size": 4},
+            "hidden_size": 64,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "intermediate_size": 256,
+            "patch_size": 4,
         },
     ),
     "resnet18": (
         "resnet",
         {
-            **{"layer_type": "basic", "depths": [2, 2, 2, 2]},
-            **{"embedding_size": 64, "hidden_sizes": [64, 128, 256, 512]},
+            "layer_type": "basic",
+            "depths": [2, 2, 2, 2],
+            "embedding_size": 64,
+            "hidden_sizes": [64, 128, 256, 512],
         },
     ),
     "resnet18_thin": (  # a quarter of the width, 0.7 M parameters
         "resnet",
         {
-            **{"layer_type": "basic", "depths": [2, 2, 2, 2]},
-            **{"embedding_size": 16, "hidden_sizes": [16, 32, 64, 128]},
+            "layer_type": "basic",
+            "depths": [2, 2, 2, 2],
+            "embedding_size": 16,
+            "hidden_sizes": [16, 32, 64, 128],
         },
     ),
     "convnext_tiny": ("convnext", {}),
