@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -362,16 +363,27 @@ def test_a_set_without_a_validation_split_is_cut_the_same_way_for_every_seed(hom
     assert len(together.unique(dim=0)) == 60
 
 
-def test_digits():
+def test_digits_of_scikit_learn():
     pytest.importorskip("sklearn")
     data = load_images(ImageArguments("digits", validation_fraction=0.2), 0)
-    assert (len(data.train), len(data.validation), data.classes, data.channels, data.image_size) == (
-        1438,
-        359,
-        10,
-        1,
-        8,
-    )
+    assert (len(data.train), len(data.validation)) == (1438, 359)
+    assert (data.classes, data.channels, data.image_size) == (10, 1, 8)
+
+
+def test_digits_are_one_channel_of_eight_pixels(config, monkeypatch):
+    images, target = np.linspace(0, 16, 20 * 64).reshape(20, 8, 8), np.arange(20) % 10
+    module = SimpleNamespace(load_digits=lambda: SimpleNamespace(images=images, target=target))
+    monkeypatch.setitem(sys.modules, "sklearn", SimpleNamespace(datasets=module))
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", module)
+    data = load_images(ImageArguments("digits"), 0)
+    pixels = torch.cat([data.train.images, data.validation.images]).double()
+    assert (pixels.shape, pixels.min().item(), pixels.max().item()) == ((20, 8, 8, 1), 0, 255)
+    labels = torch.cat([data.train.labels, data.validation.labels])
+    order = pixels[:, 0, 0, 0].argsort()
+    assert labels[order].tolist() == target.tolist()
+    options = {**TINY["vit_s16"], "patch_size": 2}
+    record = image_classification.run({**config, "dataset": "digits", "model_options": options, "max_steps": 2})
+    assert (record["data"]["channels"], record["data"]["image_size"], record["data"]["classes"]) == (1, 8, 10)
 
 
 def test_digits_without_scikit_learn(monkeypatch):
