@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, SaveStrategy
 
 from recipes.common import (
     StepTimer,
@@ -53,7 +53,7 @@ class ClassifierArguments(RecipeArguments):
     )
     lr_decay_factor: float = field(default=0.1, metadata={"help": "With lr_decay_epochs."})
     eval_strategy: IntervalStrategy | str = "epoch"
-    save_strategy: IntervalStrategy | str = "no"
+    save_strategy: SaveStrategy | str = "no"
     logging_steps: float = 20
     logging_nan_inf_filter: bool = False
     per_device_eval_batch_size: int = 250
@@ -73,6 +73,8 @@ class ClassifierArguments(RecipeArguments):
             raise UserError(f"lr_decay_epochs must be above 0, or left out, got {self.lr_decay_epochs}")
         if not 0 < self.lr_decay_factor <= 1:
             raise UserError(f"lr_decay_factor must be in (0, 1], got {self.lr_decay_factor}")
+        if self.resume_from_checkpoint is not None and not self.keep:
+            raise UserError("resume_from_checkpoint needs output_dir")
         if self.dataloader_persistent_workers:
             raise UserError("dataloader_persistent_workers must be false: workers that stay miss the epoch's changes")
 
@@ -121,7 +123,9 @@ class ClassifierTrainer(Trainer):
             args.warmup_steps = round(args.warmup_fraction * num_training_steps)
         if args.lr_decay_epochs is None or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
-        batches = len(self.get_train_dataloader())
+        per_batch = args.train_batch_size * args.world_size
+        whole, rest = divmod(len(self.train_dataset), per_batch)
+        batches = whole + (1 if rest and not args.dataloader_drop_last else 0)
         steps = args.lr_decay_epochs * math.ceil(batches / args.gradient_accumulation_steps)
         warmup, factor = args.warmup_steps, args.lr_decay_factor
 

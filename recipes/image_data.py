@@ -301,8 +301,15 @@ def _open(options: ImageArguments) -> Any:
             raise UserError(f"dataset: {options.dataset} holds neither *.parquet files nor images")
         files: dict[str, list[str]] = {}
         for table in tables:
-            split = next((_SPLITS[word] for word in _SPLITS if table.stem.lower().startswith(word)), "train")
+            split = next((_SPLITS[word] for word in _SPLITS if table.stem.lower().startswith(word)), "")
             files.setdefault(split, []).append(str(table))
+        if list(files) == [""]:
+            files = {"train": files[""]}
+        elif "" in files:
+            raise UserError(
+                f"dataset: {Path(files[''][0]).name} names no split, as other files of {options.dataset} do; "
+                f"begin its name with one of {', '.join(_SPLITS)}, or move it away"
+            )
     elif folder.exists() or options.dataset.startswith((".", "/", "~")) or options.dataset.count("/") > 1:
         raise UserError(f"dataset: {options.dataset!r} is no folder; a folder, a name on the hub, or `digits`")
     try:

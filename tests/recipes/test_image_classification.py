@@ -417,6 +417,7 @@ def write_set(folder, split, **labels):
         ({"validation_split": "valid"}, "validation_split: .* has no split 'valid', only"),
         ({"train_split": "all"}, "train_split: .* has no split 'all', only"),
         ({"dataset": "EMPTY"}, r"dataset: .* holds neither \*.parquet files nor images"),
+        ({"resume_from_checkpoint": "auto"}, "resume_from_checkpoint needs output_dir"),
         ({"dataset": "/no/such/folder"}, "dataset: '/no/such/folder' is no folder"),
         ({"dataset": "nobody/nothing"}, "dataset: could not load nobody/nothing"),
         ({"model": "vit_s32"}, "model must be one of vit_s16, .*got 'vit_s32'; did you mean 'vit_s16'"),
@@ -450,6 +451,10 @@ def test_bad_labels_and_sizes_are_explained(tmp_path):
     with pytest.raises(UserError, match=r"label of image 1 of the train split must be a whole number.*got -1"):
         load_images(ImageArguments(str(tmp_path / "unlabelled"), validation_split="train"), 0)
     write_set(tmp_path / "several", "train", label=[0, 1, 1], labels=[0, 0, 0])
+    (tmp_path / "several" / "more.parquet").touch()
+    with pytest.raises(UserError, match=r"dataset: more.parquet names no split, as other files.*begin its name"):
+        load_images(ImageArguments(str(tmp_path / "several")), 0)
+    (tmp_path / "several" / "more.parquet").unlink()
     with pytest.raises(UserError, match=r"label_column: .* has several that fit: \['label', 'labels'\]; name one"):
         load_images(ImageArguments(str(tmp_path / "several")), 0)
     folder = tmp_path / "sizes"
