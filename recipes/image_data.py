@@ -146,7 +146,11 @@ class ImageSet(Dataset):
         return batch
 
     def _decoded(self, index: int) -> Tensor:
-        image, options = self.images[index].convert(self.mode), self.options
+        options = self.options
+        try:
+            image = self.images[index].convert(self.mode)
+        except OSError as error:
+            raise UserError(f"dataset: image {index} cannot be read ({error})") from error
         if self.augment_seed is None:
             return to_tensor(resize_and_center(image, options.image_size, options.validation_resize))
         rng = np.random.default_rng((self.augment_seed, self.epoch, index))
@@ -198,21 +202,35 @@ def load_images(options: ImageArguments, seed: int) -> ImageData:
         train_images = _stacked(train_images, mode, size, None, options.train_split)
         size = train_images.shape[1]
         validation_images = _stacked(validation_images, mode, size, options.validation_resize, "validation")
-        values = train_images.flatten(0, 2).double() / 255
-        mean, std = values.mean(0).tolist(), values.std(0).clamp_min(1e-3).tolist()
+        mean, std = channel_statistics(train_images)
     assert size is not None  # ImageArguments sees to it
     train = ImageSet(train_images, train_labels, options, mode, mean, std, seed)
     validation = ImageSet(validation_images, validation_labels, options, mode, mean, std)
     return ImageData(train, validation, classes, len(mean), size, mean, std)
 
 
+def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel, for values in [0, 1]: exact, and without a copy in floating point.
+
+    Args:
+        images: (count, height, width, channels) uint8.
+    """
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    mean, std = [], []
+    for channel in images.unbind(3):
+        share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
+        mean.append((share * levels).sum().item())
+        std.append(max(1e-3, (share * (levels - mean[-1]).square()).sum().sqrt().item()))
+    return mean, std
+
+
 def _stacked(images: Iterable[Image.Image], mode: str, size: int | None, resize_to: int | None, split: str) -> Tensor:
     """All images as one (count, size, size, channels) uint8 tensor."""
     decoded = []
     for row, image in enumerate(_readable(images, split)):
-        side = image.width if size is None else size
-        if size is None and image.size != (side, decoded[0].shape[0] if decoded else side):
-            wanted = f"{decoded[0].shape[0]}x{decoded[0].shape[0]} like those before" if decoded else "square"
+        side = size or (len(decoded[0]) if decoded else image.width)
+        if size is None and image.size != (side, side):
+            wanted = f"{side}x{side} like those before" if decoded else "square"
             raise UserError(
                 f"image_size: image {row} of the {split} split is {image.width}x{image.height}, not {wanted}; "
                 "give the size to which all shall be brought"
