@@ -130,7 +130,7 @@ class ClassifierTrainer(Trainer):
         warmup, factor = args.warmup_steps, args.lr_decay_factor
 
         def rate(step: int) -> float:
-            return (step + 1) / (warmup + 1) if step < warmup else factor ** math.floor(step / steps)
+            return step / warmup if step < warmup else factor ** math.floor(step / steps)
 
         self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, rate)
         return self.lr_scheduler

@@ -216,8 +216,8 @@ def test_rate_falls_in_steps_after_the_warm_up(config, monkeypatch):
     monkeypatch.setattr(ClassifierTrainer, "log", recorded)
     change = {"lr_decay_epochs": 1, "lr_decay_factor": 0.5, "num_train_epochs": 3, "warmup_fraction": 0.2}
     image_classification.run({**config, **change, "eval_strategy": "no", "learning_rate": 1.0, "max_grad_norm": 0.01})
-    # 5 steps an epoch, of all 15 a fifth is warm-up
-    assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, *[0.5] * 5, *[0.25] * 5])
+    # 5 steps an epoch, of all 15 a fifth is warm-up, from 0 as in transformers' schedules
+    assert rates == pytest.approx([0, 1 / 3, 2 / 3, 1, 1, *[0.5] * 5, *[0.25] * 5])
 
 
 def test_no_decay_on_biases_and_norms():
