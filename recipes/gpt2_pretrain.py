@@ -414,9 +414,6 @@ def pretrain(config: str | Path | Mapping[str, Any] | Sequence[str]) -> Path:
     return folder
 
 
-run_words = pretrain  # what `sweep.py` calls
-
-
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     run_main(lambda: pretrain(sys.argv[1:]))

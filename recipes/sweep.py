@@ -33,16 +33,16 @@ from typing import Any
 import torch
 
 from recipes.common import UserError, did_you_mean, machine, read_yaml, run_main, versions, write_json
-from recipes.sweep_report import draw
+from recipes.sweep_report import draw, larger_is_better
 
-# By the recipe's name: its module, and whether a larger value of the default metric is better.
-RECIPES: dict[str, tuple[str, str]] = {
-    "gpt2_pretrain": ("recipes.gpt2_pretrain", "final.eval_loss"),
-    "gpt2_lora_e2e": ("recipes.gpt2_lora_e2e", "eval_loss"),
-    "image_classification": ("recipes.image_classification", "final.eval_accuracy"),
-    "lstm_text": ("recipes.lstm_text", "final.eval_loss"),
+# By the recipe's name: its module, the function there that takes command-line words, and where in its record the figure
+# is that decides.
+RECIPES: dict[str, tuple[str, str, str]] = {
+    "gpt2_pretrain": ("recipes.gpt2_pretrain", "pretrain", "final.eval_loss"),
+    "gpt2_lora_e2e": ("recipes.gpt2_lora_e2e", "run_words", "eval_loss"),
+    "image_classification": ("recipes.image_classification", "run", "final.eval_top1"),
+    "lstm_text": ("recipes.lstm_text", "run", "final.eval_loss"),
 }
-
 _FINAL = {"options", "seeds", "records"}
 # In a run's folder: the options it was begun with.
 TOLD = "sweep_options.json"
@@ -56,7 +56,7 @@ class Sweep:
         final: `options` and `seeds` of the runs at length, and with `records: true` their whole records, first seed
             only, go to the results too, for `compare.py`.
         metric: where in a run's record the figure is that decides, with dots; the recipe's own by default. Names that
-            end in `accuracy` are better when larger, all others when smaller.
+            end in `accuracy`, `top1` or `top5` are better when larger, all others when smaller.
     """
 
     recipe: str
@@ -82,7 +82,7 @@ class Sweep:
             raise UserError(f"{path} lacks {', '.join(missing)}")
         sweep = cls(**content)
         sweep.check(str(path))
-        sweep.metric = sweep.metric or RECIPES[sweep.recipe][1]
+        sweep.metric = sweep.metric or RECIPES[sweep.recipe][2]
         return sweep
 
     def check(self, path: str) -> None:
@@ -162,10 +162,6 @@ def finals(sweep: Sweep, rows: list[dict[str, Any]]) -> list[Run]:
     return [_run(sweep, name, best[name]["point"], seed, more, "_final") for name in best for seed in seeds]
 
 
-def larger_is_better(metric: str) -> bool:
-    return metric.endswith("accuracy")
-
-
 def best_points(rows: list[dict[str, Any]], metric: str) -> dict[str, dict[str, Any]]:
     """Of each optimizer the point with the best mean over its seeds: name -> point, value, at_edge (the axes at whose
     end it lies, where a better one may lie outside)."""
@@ -200,10 +196,11 @@ def perform(recipe: str, base: str, run: Run) -> str | None:
     """Do one run in this process, its output in `run.log`; returns an error's text, None where there was none."""
     write_json(run.folder / TOLD, _plain(run.options))
     try:
-        module = importlib.import_module(RECIPES[recipe][0])
+        module, function, _ = RECIPES[recipe]
+        train = getattr(importlib.import_module(module), function)
         with open(run.folder / "run.log", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             try:
-                module.run_words(run.words(base))
+                train(run.words(base))
             except Exception:
                 traceback.print_exc()
                 raise

@@ -102,7 +102,7 @@ def pareto(contents: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Optimizer state bytes against the best value, a panel a sweep; runs that no other beats in both are joined."""
     figure, panels = _figure(6.4 * len(contents), 4.6, 1, len(contents))
     for panel, content in zip(panels[0], contents, strict=True):
-        larger = content["metric"].endswith("accuracy")
+        larger = larger_is_better(content["metric"])
         points = []
         for name, best in content["best"].items():
             sizes = [r["optimizer_state_bytes"] for r in content["runs"] if r["run"] == name]
@@ -119,6 +119,11 @@ def pareto(contents: Sequence[Mapping[str, Any]], path: Path) -> None:
         panel.margins(x=0.2)
         panel.grid(alpha=0.3)
     _save(figure, path)
+
+
+def larger_is_better(metric: str) -> bool:
+    """Whether a metric of this name, as `sweep.py` takes them, is an accuracy."""
+    return metric.endswith(("accuracy", "top1", "top5"))
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:

@@ -10,8 +10,8 @@ import yaml
 
 from recipes import sweep as engine
 from recipes.common import UserError, write_json
-from recipes.sweep import Sweep, best_points, do, finals, larger_is_better, planned, report, row_of
-from recipes.sweep_report import curves, pareto, pareto_front
+from recipes.sweep import Sweep, best_points, do, finals, planned, report, row_of
+from recipes.sweep_report import curves, larger_is_better, pareto, pareto_front
 
 
 def content(folder: Path, **changes):
@@ -65,8 +65,8 @@ def test_best_is_the_best_mean_over_seeds_and_says_when_it_lies_at_the_edge():
     best = best_points(rows, "eval_loss")
     assert best["a"] == {"point": {"learning_rate": 2.0}, "value": pytest.approx(3.6), "at_edge": []}
     assert best["b"]["at_edge"] == ["learning_rate"]
-    assert best_points(rows, "final.eval_accuracy")["b"]["point"] == {"learning_rate": 3.0}
-    assert larger_is_better("final.eval_accuracy")
+    assert best_points(rows, "final.eval_top1")["b"]["point"] == {"learning_rate": 3.0}
+    assert larger_is_better("final.eval_top1")
     assert not larger_is_better("eval_loss")
     assert curves(rows, "learning_rate")["a"] == [(1.0, 4.0), (2.0, 3.6), (4.0, 1.0)]
 
