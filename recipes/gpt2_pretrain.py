@@ -136,10 +136,8 @@ class PretrainArguments(RecipeArguments):
             raise UserError(f"max_tokens must be at least 1, or left out, got {self.max_tokens}")
 
 
-def read_config(
-    config: str | Path | Mapping[str, Any] | Sequence[str],
-) -> tuple[Corpus, ModelArguments, PretrainArguments]:
-    """The three groups of options from a YAML file, a mapping, or command-line words (`run.yaml --seed 1`)."""
+def config_words(config: str | Path | Mapping[str, Any] | Sequence[str]) -> list[str]:
+    """A YAML file, a mapping of options, or words such as `run.yaml --seed 1`, as words for `parse_config`."""
     if isinstance(config, Mapping):
         words: list[str] = []
         for key, value in config.items():
@@ -151,7 +149,14 @@ def read_config(
         words = [str(config)] if isinstance(config, str | Path) else list(config)
         if words and not words[0].startswith("-"):
             words = ["--config", *words]
-    corpus, model, training = parse_config((Corpus, ModelArguments, PretrainArguments), words, __doc__)
+    return words
+
+
+def read_config(
+    config: str | Path | Mapping[str, Any] | Sequence[str],
+) -> tuple[Corpus, ModelArguments, PretrainArguments]:
+    """The three groups of options from a YAML file, a mapping, or command-line words (`run.yaml --seed 1`)."""
+    corpus, model, training = parse_config((Corpus, ModelArguments, PretrainArguments), config_words(config), __doc__)
     return corpus, model, training
 
 

@@ -22,7 +22,7 @@ from hf_sai.trainer import parse_optim_args, sgd_sai_from_args
 from recipes.common import UserError, did_you_mean
 
 # The names a recipe's `optim` takes besides transformers' own.
-OWN_OPTIMIZERS = ("sgd_sai", "sgd_sai_authors", "sgdm", "adam_mini", "prodigy", "scaled_adamw", "scaled_sgd")
+OWN_OPTIMIZERS = ("sgd_sai", "sgd_sai_authors", "sgdm", "adam_mini", "prodigy", "muon", "scaled_adamw", "scaled_sgd")
 
 # Short names of transformers' own.
 _SHORT_NAMES = {"adamw": "adamw_torch", "adamw8bit": "adamw_8bit"}
@@ -139,8 +139,10 @@ def _class_and_kwargs(args: Any) -> tuple[type[Optimizer], dict[str, Any]] | Non
 
 
 def _from_model(model: nn.Module, args: Any) -> Optimizer:
-    """Optimizers that need the parameters' names or LoRA's pairs: adam_mini, scaled_adamw, scaled_sgd."""
+    """Optimizers that need the parameters' names or LoRA's pairs: adam_mini, muon, scaled_adamw, scaled_sgd."""
     adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if args.optim == "muon":
+        return _muon(model, args, adam)
     if args.optim == "adam_mini":
         adam_mini = _import("adam_mini", "Adam_mini", "adam-mini")
         config = getattr(model, "config", None)
@@ -166,6 +168,65 @@ def _from_model(model: nn.Module, args: Any) -> Optimizer:
         lr=args.learning_rate,
         **{"weight_decay": args.weight_decay, **kwargs, **_own_optim_args(cls, args.optim_args, extra=("reg",))},
     )
+
+
+class Together(Optimizer):
+    """Several optimizers of one model as one: its param groups are theirs, so that a scheduler reaches all of them."""
+
+    def __init__(self, *parts: Optimizer) -> None:
+        self.parts = parts
+        super().__init__([p for part in parts for group in part.param_groups for p in group["params"]], {})
+        self.param_groups = [group for part in parts for group in part.param_groups]
+
+    @property
+    def state(self) -> dict[Any, Any]:  # type: ignore[override]
+        return {p: entry for part in self.parts for p, entry in part.state.items()}
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        """Each part holds its own; the base class sets an empty one."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for part, saved in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(saved)
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+
+def _muon(model: nn.Module, args: Any, adam: dict[str, Any]) -> Optimizer:
+    """Muon for the matrices of hidden layers, AdamW for embeddings, the head and vectors, as Muon's authors advise.
+
+    Muon's update is scaled to AdamW's root mean square, so that both take one learning rate.
+    """
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is not None:
+        embeddings.add(id(head.weight))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.dim() == 2 and id(p) not in embeddings]
+    others = [p for p in trained if p.dim() != 2 or id(p) in embeddings]
+    shared = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+    own = _own_optim_args(torch.optim.Muon, args.optim_args)
+    parts: list[Optimizer] = (
+        [torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **shared, **own)] if matrices else []
+    )
+    if others:
+        spared = {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0}
+        groups = [{"params": [p for p in others if p.dim() >= 2]}, spared]
+        parts.append(torch.optim.AdamW([group for group in groups if group["params"]], **shared, **adam))
+    return Together(*parts)
 
 
 def trainer_optimizer(model: nn.Module, args: Any) -> dict[str, Any]:

@@ -139,7 +139,59 @@ def speed_cuda() -> str:
     return f"{table}\n\n{where}Paper: another machine, an A100 80GB (Tables 1 and 3)."
 
 
-TABLES: dict[str, Callable[[], str]] = {"e2e": e2e, "diffusion": diffusion, "speed": speed, "speed_cuda": speed_cuda}
+# What the learning-rate study calls each job: the sweep's file and a few words.
+_JOBS = {
+    "lr_text": "from scratch, clipped",
+    "lr_text_noclip": "from scratch, not clipped",
+    "lr_text_wide": "from scratch, twice as wide",
+    "lr_lora": "LoRA, clipped",
+    "lr_lora_noclip": "LoRA, not clipped",
+}
+_OF_BEST = 0.05  # nats: a learning rate whose loss is this close to the best one will do
+
+
+def rates() -> str:
+    """The learning-rate study: of each job and optimizer the best learning rate, its loss, and which others will do."""
+    rows = []
+    for name, job in _JOBS.items():
+        if not (RESULTS / f"{name}.json").exists():
+            continue
+        content = result(name)
+        for run, best in content["best"].items():
+            value = float(best["value"])
+            points = [(r["point"]["learning_rate"], r["value"]) for r in content["runs"] if r["run"] == run]
+            good = [rate for rate, found in points if found is not None and found <= value + _OF_BEST]
+            edge = " (edge)" if best["at_edge"] else ""
+            width = f"{min(good):g} to {max(good):g}" if len(good) > 1 else f"{good[0]:g}"
+            diverged = sum(found is None for _, found in points)
+            rate = f"{best['point']['learning_rate']:g}{edge}"
+            rows.append([f"{job}: {run}", rate, f"{value:.3f}", width, f"{diverged} of {len(points)}"])
+    return markdown(["", "best lr", "loss", f"within {_OF_BEST:g} of it", "diverged"], rows)
+
+
+def pretraining() -> str:
+    """The sweep of the 5 M parameter GPT-2: every learning rate at 1 M tokens, the best of each at 5 M."""
+    content = result("pretrain5m_sweep")
+    finals = {row["run"]: row for row in content["finals"]}
+    rows = []
+    for run, best in content["best"].items():
+        points = sorted((r["point"]["learning_rate"], r["value"]) for r in content["runs"] if r["run"] == run)
+        tried = ", ".join(f"{rate:g}: {'div.' if value is None else f'{value:.2f}'}" for rate, value in points)
+        final = finals.get(run)
+        long = "not run" if final is None else "div." if final["value"] is None else f"{final['value']:.3f}"
+        size = next(r["optimizer_state_bytes"] for r in content["runs"] if r["run"] == run)
+        rows.append([run, f"{best['point']['learning_rate']:g}", tried, long, f"{size / 2**20:.1f}"])
+    return markdown(["", "best lr", "loss at 1 M tokens by lr", "at 5 M tokens", "state MiB"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "e2e": e2e,
+    "diffusion": diffusion,
+    "rates": rates,
+    "pretraining": pretraining,
+    "speed": speed,
+    "speed_cuda": speed_cuda,
+}
 
 
 def rewritten(text: str) -> str:

@@ -16,7 +16,7 @@ from recipes.diffusion_config import DiffusionArguments
 from recipes.gpt2_lora_e2e import E2EArguments, check_scoring, run
 from recipes.gpt2_pretrain import read_config
 from recipes.optimizers import RecipeArguments
-from recipes.pretrain_sweep import Sweep
+from recipes.sweep import Sweep
 
 
 def yaml_file(content: bytes) -> Callable[[Path], Attempt]:
@@ -95,16 +95,21 @@ DIFFUSION: dict[str, tuple[dict[str, Any], str]] = {
     "a token that is code": ({"concept_tokens": ['<V>")\n']}, "concept_tokens must be words without quotes, .*got"),
     "a token twice": ({"concept_tokens": ["<V>", "<V>"]}, "concept_tokens must differ from one another"),
 }
-SWEEP = {"base": "b.yaml", "runs": {"a": {"learning_rates": [1]}}, "tokens": 1, "final_tokens": 1}
+SWEEP = {"recipe": "gpt2_pretrain", "base": "b.yaml", "runs": {"a": {"grid": {"learning_rate": [1]}}}}
 SWEEP |= {"output": "out", "results": "results"}
 SWEEPS: dict[str, tuple[Any, str]] = {
     "a list": ([1], "must hold `key: value` lines, got a list"),
-    "a typo": ({**SWEEP, "token": 1}, "unknown key 'token'; did you mean 'tokens'"),
-    "nothing": ({}, "lacks base, runs, tokens, final_tokens, output, results"),
-    "no tokens": ({**SWEEP, "tokens": 0}, "tokens must be a whole number of at least 1, got 0"),
+    "a typo": ({**SWEEP, "option": 1}, "unknown key 'option'; did you mean 'options'"),
+    "nothing": ({}, "lacks recipe, base, runs, output, results"),
+    "no processes": ({**SWEEP, "processes": 0}, "processes must be a whole number of at least 1, got 0"),
     "runs a list": ({**SWEEP, "runs": ["a"]}, r"runs must be `key: value` lines, got \['a'\]"),
-    "no rates": ({**SWEEP, "runs": {"a": {}}}, "runs: a must list learning_rates"),
-    "a rate for rates": ({**SWEEP, "runs": {"a": {"learning_rates": 1}}}, "runs: a must list learning_rates"),
+    "a run that is a word": ({**SWEEP, "runs": {"a": "b"}}, "runs: a must have `options` and `grid`, got 'b'"),
+    "a rate for rates": (
+        {**SWEEP, "runs": {"a": {"grid": {"learning_rate": 1}}}},
+        "runs: a: grid: learning_rate must be a list of values, got 1",
+    ),
+    "a seed for seeds": ({**SWEEP, "seeds": 1}, "seeds must be a list of whole numbers, got 1"),
+    "a recipe of no name": ({**SWEEP, "recipe": ["gpt2"]}, r"recipe must be one of .*, got \['gpt2'\]"),
 }
 RECORD: dict[str, Any] = {
     "config": {"optim": "sgd_sai", "learning_rate": 0.1},

@@ -1,5 +1,6 @@
 """Configuration, records, measuring: recipes/common.py and recipes/optimizers.py."""
 
+import copy
 import json
 import math
 import sys
@@ -167,6 +168,40 @@ def test_trainer_arguments_name_the_same_class(tmp_path: Path, name: str) -> Non
         assert given["optimizers"][1] is None
     else:
         assert given["optimizer_cls_and_kwargs"][0] is type(bare)
+
+
+def test_muon_takes_hidden_matrices_and_resumes_bitwise(make_gpt2, token_dataset) -> None:
+    """Saved after two steps and loaded into a new one, three more steps give the same weights."""
+    batch = {key: torch.stack([row[key] for row in token_dataset[:8]]) for key in ("input_ids", "labels")}
+
+    def train(model, optimizer, steps):
+        for _ in range(steps):
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    settings = OptimizerArguments(optim="muon", learning_rate=1e-2, weight_decay=0.1)
+    model = make_gpt2().eval()  # without dropout
+    optimizer = build_optimizer(model, settings)
+    muon, adamw = optimizer.parts
+    names = {p: name for name, p in model.named_parameters()}
+    assert {names[p].split(".")[-2] for p in muon.param_groups[0]["params"]} == {"c_attn", "c_proj", "c_fc"}
+    assert all(p.dim() == 2 for p in muon.param_groups[0]["params"])
+    assert [group["weight_decay"] for group in adamw.param_groups] == [0.1, 0.0]
+    optimizer.param_groups[0]["lr"] = 2e-2  # as a scheduler does
+    assert muon.param_groups[0]["lr"] == 2e-2
+    train(model, optimizer, 2)
+    assert len(optimizer.state) == len(names)
+
+    again = make_gpt2().eval()
+    again.load_state_dict(model.state_dict())
+    resumed = build_optimizer(again, settings)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer, 3)
+    train(again, resumed, 3)
+    assert resumed.param_groups[0] is resumed.parts[0].param_groups[0]
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 @needs_riemannian

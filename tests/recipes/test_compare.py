@@ -2,15 +2,11 @@
 
 import base64
 import copy
-import json
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
-import yaml
 
-from recipes import pretrain_sweep
 from recipes.common import UserError, write_json
 from recipes.compare import HEADER, compare, read_record, unique_labels
 from recipes.pretrain_report import label
@@ -191,65 +187,3 @@ def test_what_is_no_record_is_refused(tmp_path, content, message):
         read_record(tmp_path / "nowhere.json")
     with pytest.raises(UserError, match=r"at least one record"):
         compare([], tmp_path / "page")
-
-
-def test_sweep_takes_the_best_rate_of_each_on_to_the_long_run(tmp_path, record, monkeypatch, capsys):
-    """The runs are stood in for: the loss is a known function of the learning rate, diverged above 0.5."""
-    started = []
-
-    def stand_in(command, **kwargs):
-        options = dict(word.removeprefix("--").split("=", 1) for word in command[3:])
-        rate = float(options["learning_rate"])
-        loss = float("nan") if rate > 0.5 else 3 + abs(rate - 0.03)
-        started.append((Path(options["output_dir"]).name, int(options["max_tokens"]), options["eval_steps"]))
-        made = copy.deepcopy(record) | {"diverged": rate > 0.5, "tokens": int(options["max_tokens"])}
-        made["config"] |= {"learning_rate": rate, "optim": options["optim"]}
-        made["final"]["eval_loss"] = loss
-        write_json(Path(options["output_dir"]) / "record.json", made)
-
-    monkeypatch.setattr(pretrain_sweep.subprocess, "run", stand_in)
-    file = tmp_path / "sweep.yaml"
-    sweep = {
-        "base": "base.yaml",
-        "tokens": 1000,
-        "final_tokens": 5000,
-        "output": str(tmp_path / "out"),
-        "results": str(tmp_path / "results" / "name"),
-        "options": {"eval_steps": 7},
-        "runs": {
-            "sgd_sai": {"optim": "sgd_sai", "learning_rates": [0.01, 0.03, 1.0]},
-            "sgdm": {"optim": "sgdm", "learning_rates": [0.1, 0.9]},
-        },
-    }
-    file.write_text(yaml.safe_dump(sweep))
-    monkeypatch.setattr("sys.argv", ["pretrain_sweep.py", str(file)])
-    pretrain_sweep.main()
-    names = ["sgd_sai_0.01", "sgd_sai_0.03", "sgd_sai_1.0", "sgdm_0.1", "sgdm_0.9"]
-    assert [name for name, *_ in started] == [*names, "sgd_sai_final", "sgdm_final"]
-    assert [tokens for _, tokens, _ in started] == [1000] * 5 + [5000] * 2
-    assert {steps for *_, steps in started} == {"7"}
-    assert json.loads((tmp_path / "results" / "name_sgd_sai.json").read_text())["config"]["learning_rate"] == 0.03
-    assert json.loads((tmp_path / "results" / "name_sgdm.json").read_text())["config"]["learning_rate"] == 0.1
-    table = json.loads((tmp_path / "results" / "name_sweep.json").read_text())["runs"]
-    losses = [float(row["eval_loss"]) for row in table]  # JSON has no infinity: the word
-    assert losses == pytest.approx([3.02, 3.0, float("inf"), 3.07, float("inf")])
-    assert (tmp_path / "out" / "comparison" / "comparison.html").exists()
-
-    started.clear()
-    pretrain_sweep.main()
-    assert started == []  # every record is there
-    capsys.readouterr()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"token": 3}, r"unknown key 'token'; did you mean 'tokens'"),
-        ({"runs": {"a": {"optim": "sgdm"}}}, r"runs: a must list learning_rates"),
-    ],
-)
-def test_sweep_file_is_checked(tmp_path, change, message):
-    content = {"base": "b", "runs": {}, "tokens": 1, "final_tokens": 1, "output": "o", "results": "r"} | change
-    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(content))
-    with pytest.raises(UserError, match=message):
-        pretrain_sweep.Sweep.read(tmp_path / "sweep.yaml")

@@ -1,0 +1,154 @@
+"""Figures of a sweep: the metric over the learning rate, heat maps, how it is spread over the grid; state against loss.
+
+    python recipes/sweep_report.py RESULTS.json ... --output FIGURE.png
+
+puts several sweeps in one figure of optimizer state bytes against the best value (the Pareto front is drawn).
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from recipes.common import UserError, run_main, write_bytes
+
+
+def _figure(width: float, height: float, rows: int, columns: int) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)  # no global state, no display
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _save(figure: Any, path: Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    write_bytes(path, buffer.getvalue())
+
+
+def curves(rows: Sequence[Mapping[str, Any]], axis: str) -> dict[str, list[tuple[float, float]]]:
+    """Of each run the mean over seeds and the other axes' best, by the value on `axis`; diverged points left out."""
+    found: dict[str, dict[float, list[float]]] = {}
+    for row in rows:
+        if row["value"] is not None and axis in row["point"]:
+            found.setdefault(row["run"], {}).setdefault(float(row["point"][axis]), []).append(row["value"])
+    return {
+        name: [(x, sum(values) / len(values)) for x, values in sorted(points.items())] for name, points in found.items()
+    }
+
+
+def draw(content: Mapping[str, Any], path: Path) -> None:
+    """Metric over the learning rate, and its spread over the grid; with a second axis a heat map of each optimizer."""
+    rows, metric = content["runs"], content["metric"]
+    names = list(dict.fromkeys(row["run"] for row in rows))
+    axes = list(dict.fromkeys(axis for row in rows for axis in row["point"]))
+    second = [axis for axis in axes if axis != "learning_rate"]
+    figure, panels = _figure(
+        11, 4.2 if not second else 7.2, 2 if second else 1, 2 if not second else max(2, len(names))
+    )
+    top = panels[0]
+    for number, (name, points) in enumerate(curves(rows, "learning_rate").items()):
+        top[0].plot(*zip(*points, strict=True), marker="o", ms=4, color=f"C{number}", label=name)
+    top[0].set_xscale("log")
+    top[0].set_xlabel("learning rate, each in its own units")
+    top[0].set_ylabel(metric)
+    top[0].grid(alpha=0.3)
+    top[0].legend(fontsize="small")
+    spread = [[row["value"] for row in rows if row["run"] == name and row["value"] is not None] for name in names]
+    top[1].boxplot(spread, orientation="horizontal", whis=(0, 100))
+    top[1].set_yticks(range(1, len(names) + 1), names)
+    top[1].invert_yaxis()
+    top[1].set_xlabel(f"{metric} over the whole grid (diverged runs left out)")
+    top[1].grid(alpha=0.3)
+    for panel in top[2:]:
+        panel.set_axis_off()
+    if second:
+        _heat_maps(panels[1], rows, names, second[0], metric)
+    _save(figure, path)
+
+
+def _heat_maps(panels: Any, rows: Sequence[Mapping[str, Any]], names: list[str], second: str, metric: str) -> None:
+    values = [row["value"] for row in rows if row["value"] is not None]
+    for panel, name in zip(panels, names, strict=False):
+        own = [row for row in rows if row["run"] == name]
+        xs = sorted({row["point"]["learning_rate"] for row in own})
+        ys = sorted({row["point"][second] for row in own})
+        grid = [[math.nan] * len(xs) for _ in ys]
+        for row in own:
+            if row["value"] is not None:
+                grid[ys.index(row["point"][second])][xs.index(row["point"]["learning_rate"])] = row["value"]
+        panel.imshow(grid, vmin=min(values), vmax=max(values), aspect="auto", cmap="viridis")
+        panel.set_xticks(range(len(xs)), [f"{x:g}" for x in xs], rotation=60, fontsize=7)
+        panel.set_yticks(range(len(ys)), [f"{y:g}" for y in ys], fontsize=7)
+        panel.set_title(name, fontsize=9)
+        panel.set_xlabel("learning rate")
+        for y, line in enumerate(grid):
+            for x, value in enumerate(line):
+                text = "div." if math.isnan(value) else f"{value:.3g}"
+                panel.text(x, y, text, ha="center", va="center", fontsize=6, color="w")
+    panels[0].set_ylabel(second)
+    for panel in panels[len(names) :]:
+        panel.set_axis_off()
+
+
+def pareto(contents: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Optimizer state bytes against the best value, a panel a sweep; runs that no other beats in both are joined."""
+    figure, panels = _figure(6.4 * len(contents), 4.6, 1, len(contents))
+    for panel, content in zip(panels[0], contents, strict=True):
+        larger = larger_is_better(content["metric"])
+        points = []
+        for name, best in content["best"].items():
+            sizes = [r["optimizer_state_bytes"] for r in content["runs"] if r["run"] == name]
+            if best["value"] is not None and math.isfinite(float(best["value"])):
+                points.append((sizes[0] / 1e3, float(best["value"]), name))
+        for number, (size, value, name) in enumerate(points):
+            panel.scatter([size], [value], color=f"C{number % 10}", s=30)
+            panel.annotate(name, (size, value), textcoords="offset points", xytext=(4, 4), fontsize=7)
+        front = pareto_front([(s, -v if larger else v) for s, v, _ in points])
+        panel.plot([points[i][0] for i in front], [points[i][1] for i in front], color="0.6", lw=1, ls="--", zorder=0)
+        panel.set_xlabel("optimizer state, kB")
+        panel.set_ylabel(f"{content['metric']} at the best learning rate")
+        panel.set_title(content["sweep"].removesuffix(".yaml"), fontsize=9)
+        panel.margins(x=0.2)
+        panel.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def larger_is_better(metric: str) -> bool:
+    """Whether a metric of this name, as `sweep.py` takes them, is an accuracy."""
+    return metric.endswith(("accuracy", "top1", "top5"))
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Places of the points that no other point beats in both coordinates (smaller is better), from left to right."""
+    front: list[int] = []
+    for i in sorted(range(len(points)), key=lambda i: points[i]):
+        if not front or points[i][1] < points[front[-1]][1]:
+            front.append(i)
+    return front
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS.json")
+    parser.add_argument("--output", type=Path, required=True, metavar="FIGURE.png")
+    args = parser.parse_args()
+    contents = []
+    for path in args.results:
+        try:
+            contents.append(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} must be the results of recipes/sweep.py: {error}") from error
+    pareto(contents, args.output)
+    print(args.output)
+
+
+if __name__ == "__main__":
+    run_main(main)
