@@ -174,6 +174,7 @@ def test_length_in_tokens_and_warm_up_as_a_fraction(config):
     record = record_of(pretrain(config))
     assert record["steps"] == math.ceil(1300 / (4 * 2 * 32))
     assert record["config"]["warmup_steps"] == 3
+    assert record["config"]["max_tokens"] == 1300
     assert record["tokens"] == 6 * 256
 
 
