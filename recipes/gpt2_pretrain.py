@@ -2,8 +2,8 @@
 
 Runs alone or under `accelerate launch --config_file accelerate_configs/NAME.yaml`. Text, split, tokens and blocks are
 those of `pretrain_data.py`; training, resume and trackers are the Trainer's. In `output_dir` it leaves the model and
-its tokenizer, `record.json` (curves, speed, memory, versions) and `curves.png`. `recipes/compare.py` puts several
-records side by side.
+its tokenizer, `record.json` (curves, speed, memory, versions) and `curves.png`; with `gsnr_every` also `gsnr.json`, the
+g-SNR of every block over time, and figures of it. `recipes/compare.py` puts several records side by side.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, get_last_checkpoint
 
+from hf_sai import GSNRCallback
 from hf_sai.checkpoints import last_whole_checkpoint
+from hf_sai.initialisation import SCHEMES, initialise
+from hf_sai.monitor import read_record
 from recipes.common import StepTimer, UserError, check_writable, parse_config, run_main, write_bytes, write_json
 from recipes.optimizers import RecipeArguments, trainer_optimizer
 from recipes.pretrain_data import (
@@ -47,7 +50,7 @@ from recipes.pretrain_data import (
     tokenize_corpus,
     train_tokenizer,
 )
-from recipes.pretrain_report import build_record, draw_curves
+from recipes.pretrain_report import build_record, draw_curves, draw_gsnr
 from recipes.pretrain_text import Corpus
 
 logger = logging.getLogger(__name__)
@@ -76,6 +79,10 @@ class ModelArguments:
         default=None, metadata={"help": "The tokenizer's by default; a multiple of 64 above it is faster on GPUs."}
     )
     dropout: float = 0.0
+    init_scheme: str = field(
+        default="default",
+        metadata={"help": f"Of the linear layers, one of {', '.join(SCHEMES)}; default is GPT-2's own."},
+    )
     attn_implementation: str = "sdpa"
     tokenizer: str = field(
         default="gpt2",
@@ -97,6 +104,8 @@ class ModelArguments:
     def __post_init__(self) -> None:
         if self.model_size not in SIZES:
             raise UserError(f"model_size must be one of {', '.join(SIZES)}, got {self.model_size!r}")
+        if self.init_scheme not in SCHEMES:
+            raise UserError(f"init_scheme must be one of {', '.join(SCHEMES)}, got {self.init_scheme!r}")
         for name in ("n_layer", "n_head", "n_embd", "max_eval_blocks", "tokenizer_processes", "tokenizer_train_bytes"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -123,6 +132,9 @@ class PretrainArguments(RecipeArguments):
     output_dir: str = field(default="outputs/gpt2_pretrain", metadata={"help": "Model, checkpoints, record, curves."})
     max_tokens: int | None = field(default=None, metadata={"help": "Sets max_steps; a last step is not cut."})
     warmup_fraction: float = field(default=0.01, metadata={"help": "Of all steps, where warmup_steps is 0."})
+    gsnr_every: int | None = field(
+        default=None, metadata={"help": "Measure every block's g-SNR each so many steps: gsnr.json and figures of it."}
+    )
     logging_nan_inf_filter: bool = False
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "`auto` (the last of output_dir, if any) or a checkpoint's folder."}
@@ -134,6 +146,8 @@ class PretrainArguments(RecipeArguments):
             raise UserError(f"warmup_fraction must be in [0, 1), got {self.warmup_fraction}")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise UserError(f"max_tokens must be at least 1, or left out, got {self.max_tokens}")
+        if self.gsnr_every is not None and self.gsnr_every < 1:
+            raise UserError(f"gsnr_every must be at least 1, or left out, got {self.gsnr_every}")
 
 
 def read_config(
@@ -232,6 +246,7 @@ def build_model(options: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> 
         attn_implementation=options.attn_implementation,
     )
     model = GPT2LMHeadModel(config)
+    initialise(model, options.init_scheme)
     model.loss_type = "ForCausalLM"  # transformers guesses it from the class's name, and fails to for GPT-2's
     return model
 
@@ -380,6 +395,7 @@ def pretrain(config: str | Path | Mapping[str, Any] | Sequence[str]) -> Path:
         eval_dataset=validation,
         data_collator=default_data_collator,
         processing_class=tokenizer,
+        callbacks=[GSNRCallback(args.gsnr_every)] if args.gsnr_every else [],
         **trainer_optimizer(model, args),
     )
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -393,7 +409,6 @@ def pretrain(config: str | Path | Mapping[str, Any] | Sequence[str]) -> Path:
     folder = Path(args.output_dir)
     if trainer.is_world_process_zero():
         data = {
-            "tokenizer": Path(options.tokenizer).name,
             "vocabulary": len(tokenizer),
             "block_size": options.block_size,
             "validation_blocks": len(validation) if validation else 0,
@@ -405,6 +420,8 @@ def pretrain(config: str | Path | Mapping[str, Any] | Sequence[str]) -> Path:
         figure = io.BytesIO()
         draw_curves([record], figure)
         write_bytes(folder / "curves.png", figure.getvalue())
+        if args.gsnr_every:
+            draw_gsnr(read_record(folder / "gsnr.json"), folder)
     trainer.accelerator.wait_for_everyone()
     return folder
 
