@@ -39,6 +39,7 @@ from hf_sai import GSNRCallback
 from hf_sai.checkpoints import last_whole_checkpoint
 from hf_sai.initialisation import SCHEMES, initialise
 from hf_sai.monitor import read_record
+from hf_sai.probe import GPT2_SIZES
 from recipes.common import StepTimer, UserError, check_writable, parse_config, run_main, write_bytes, write_json
 from recipes.optimizers import RecipeArguments, trainer_optimizer
 from recipes.pretrain_data import (
@@ -55,22 +56,12 @@ from recipes.pretrain_text import Corpus
 
 logger = logging.getLogger(__name__)
 
-# layers, heads, width; "5m" with a vocabulary of 8,192 and 512 positions has 5.4 M parameters
-SIZES = {
-    "tiny": (2, 4, 128),
-    "5m": (4, 4, 256),
-    "small": (12, 12, 768),
-    "medium": (24, 16, 1024),
-    "large": (36, 20, 1280),
-    "xl": (48, 25, 1600),
-}
-
 
 @dataclass
 class ModelArguments:
     """The model, its tokenizer, and how the text is packed for it."""
 
-    model_size: str = field(default="small", metadata={"help": f"One of {', '.join(SIZES)}."})
+    model_size: str = field(default="small", metadata={"help": f"One of {', '.join(GPT2_SIZES)}."})
     n_layer: int | None = field(default=None, metadata={"help": "Instead of the size's."})
     n_head: int | None = field(default=None, metadata={"help": "Instead of the size's."})
     n_embd: int | None = field(default=None, metadata={"help": "Instead of the size's."})
@@ -102,8 +93,8 @@ class ModelArguments:
     max_eval_blocks: int | None = field(default=None, metadata={"help": "Validate on the first blocks only."})
 
     def __post_init__(self) -> None:
-        if self.model_size not in SIZES:
-            raise UserError(f"model_size must be one of {', '.join(SIZES)}, got {self.model_size!r}")
+        if self.model_size not in GPT2_SIZES:
+            raise UserError(f"model_size must be one of {', '.join(GPT2_SIZES)}, got {self.model_size!r}")
         if self.init_scheme not in SCHEMES:
             raise UserError(f"init_scheme must be one of {', '.join(SCHEMES)}, got {self.init_scheme!r}")
         for name in ("n_layer", "n_head", "n_embd", "max_eval_blocks", "tokenizer_processes", "tokenizer_train_bytes"):
@@ -113,7 +104,7 @@ class ModelArguments:
             raise UserError(f"stream_validation_documents must be at least 0, got {self.stream_validation_documents}")
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"dropout must be in [0, 1), got {self.dropout}")
-        _, heads, width = SIZES[self.model_size]
+        _, heads, width = GPT2_SIZES[self.model_size]
         if (self.n_embd or width) % (self.n_head or heads):
             raise UserError(
                 f"n_embd must be a multiple of n_head, got {self.n_embd or width} and {self.n_head or heads}"
@@ -225,7 +216,7 @@ def load_blocks(corpus: Corpus, options: ModelArguments, tokenizer: PreTrainedTo
 
 def build_model(options: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> GPT2LMHeadModel:
     """A GPT-2 with fresh weights."""
-    layers, heads, width = SIZES[options.model_size]
+    layers, heads, width = GPT2_SIZES[options.model_size]
     vocab_size = options.model_vocab_size or len(tokenizer)
     if len(tokenizer) > vocab_size:
         raise UserError(
