@@ -166,7 +166,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
 
 
 def write_json(path: str | Path, content: Any) -> Path:
-    """Write JSON in one piece or not at all; one line for each innermost list, so that a record stays short."""
+    """Write JSON in one piece or not at all; what fits a line stands on one, as do lists of numbers."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
@@ -177,9 +177,10 @@ def write_json(path: str | Path, content: Any) -> Path:
 
 
 def _compact(value: Any, indent: str = "") -> str:
+    line = json.dumps(value, ensure_ascii=False, allow_nan=False)
     nested = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    if not any(isinstance(item, dict | list) for item in nested):
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    if len(line) <= 200 or not any(isinstance(item, dict | list) for item in nested):
+        return line
     inner = indent + " "
     if isinstance(value, dict):
         lines = [f"{inner}{json.dumps(key)}: {_compact(item, inner)}" for key, item in value.items()]

@@ -181,10 +181,11 @@ def test_where_gradients_are_not_to_be_seen(
 
 
 def test_records_are_read_back_or_refused(tmp_path: Path) -> None:
-    content = {"format": 1, "steps": [1, 2], "blocks": [{"name": "a\u00e9", "gsnr_now": [0.5, None]}], "empty": {}}
+    values = [i / 7 for i in range(30)]
+    content = {"format": 1, "steps": [1, 2], "blocks": [{"name": "a\u00e9", "gsnr_now": [*values, None]}], "empty": {}}
     path = write_json(tmp_path / "deep" / "gsnr.json", content)
     assert read_record(path) == content
-    assert '"gsnr_now": [0.5, null]\n' in path.read_text(), "one line a list"
+    assert json.dumps([*values, None]) in path.read_text(), "a list of numbers has one line"
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(path, {"x": math.nan})
     assert read_record(path) == content, "a failed write leaves the old file"

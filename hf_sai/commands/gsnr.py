@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
         print(block_table(results[0]["blocks"]), end="\n\n")
     print(kind_table(results))
     if args.json:
-        write_json(args.json, _content(args, results))
+        write_json(args.json, _content(args, len(tokenizer), results))
     if args.plot:
         titles = [_title(result) for result in results]
         for path, result, title in zip(_paths(args.plot, titles), results, titles, strict=True):
@@ -170,7 +170,7 @@ def _columns(lines: Sequence[Sequence[str]], left: int) -> str:
     )
 
 
-def _content(args: argparse.Namespace, results: list[dict[str, Any]]) -> dict[str, Any]:
+def _content(args: argparse.Namespace, vocabulary: int, results: list[dict[str, Any]]) -> dict[str, Any]:
     """What `--json` writes; names without the folders of this machine, numbers of six digits."""
     from importlib import metadata
 
@@ -184,6 +184,7 @@ def _content(args: argparse.Namespace, results: list[dict[str, Any]]) -> dict[st
         "model": Path(args.model or args.config).name,
         "fresh_weights": bool(args.config),
         "data": Path(args.data).name,
+        "vocabulary": vocabulary,
         "block_size": args.block_size,
         "lora_r": args.lora_r,
         "scaling": args.scaling,
