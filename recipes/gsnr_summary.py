@@ -1,4 +1,4 @@
-"""What the g-SNR of some pretraining runs looks like, as one small JSON.
+"""What the g-SNR of some pretraining runs looks like, as one small JSON, and a figure of the first of them over time.
 
     python recipes/gsnr_summary.py recipes/results/gsnr_5m.json outputs/gsnr/base outputs/gsnr/adamw ...
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_sai.blocks import KINDS
-from hf_sai.gsnr_plots import common_drift
+from hf_sai.gsnr_plots import common_drift, plot_over_time
 from hf_sai.monitor import read_record, write_json
 from recipes.common import UserError, run_main
 
@@ -61,9 +61,10 @@ def summary(folder: Path) -> dict[str, Any]:
         "tokens_per_step": run["speed"]["tokens_per_step"],
         "steps": run["steps"],
         "tokens": run["tokens"],
+        "gsnr_every": measured["every"],
         "measured_steps": len(measured["steps"]),
         "eval_loss": run["final"].get("eval_loss"),
-        "common_drift": spread(common),
+        "common_drift": spread(common) if any(block["drift"] for block in measured["blocks"]) else None,
         "kinds": kinds,
     }
 
@@ -75,6 +76,7 @@ def main() -> None:
     runs = [summary(folder) for folder in folders]
     last = json.loads((folders[-1] / "record.json").read_text(encoding="utf-8"))
     write_json(output, {"runs": runs, "machine": last["machine"], "versions": last["versions"]})
+    plot_over_time(read_record(folders[0] / "gsnr.json"), output.with_name(f"{output.stem}_time.png"))
     for run in runs:
         print(run["run"], f"{run['tokens']:,} tokens, {run['measured_steps']} measurements")
         for kind, found in run["kinds"].items():

@@ -125,7 +125,7 @@ def test_what_is_measured_during_training_is_the_g_snr_of_the_whole_gradient(two
         if p.grad is None or not p.grad.any()
         else math.sqrt(p.numel())
         if name in ("gain", "shift")
-        else float(p.grad.double().norm() / p.grad.double().std())
+        else float(p.grad.double().norm() / (p.grad.double().std() + 1e-8))
         for name, p in model.named_parameters()
     }
     assert largest_relative_error(ranks[0]["gsnr"], expected) < 1e-5
