@@ -112,13 +112,13 @@ def load_model(name: str) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--model: {name!r} is no causal language model in a folder or within reach on the hub "
             f"({str(error).splitlines()[0]}); give a folder, or --config for fresh weights"
         ) from error
-    found: nn.Module = model.eval()
+    found: nn.Module = model.float().eval()
     return found
 
 
@@ -148,8 +148,8 @@ def fresh_model(name: str, tokenizer: Any, scheme: str, seed: int) -> nn.Module:
             ) from error
     torch.manual_seed(seed)
     family: Any = AutoModelForCausalLM
-    model: nn.Module = family.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    initialise(model, scheme)
+    model: nn.Module = family.from_config(config, trust_remote_code=False)
+    initialise(model.float(), scheme)
     return model.eval()
 
 

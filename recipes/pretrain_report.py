@@ -130,9 +130,14 @@ def build_record(trainer: Any, corpus: Any, options: Any, data: dict[str, Any]) 
 
 
 def draw_gsnr(record: Mapping[str, Any], folder: Path) -> None:
-    """The figures of a `gsnr.json`, beside it: by kind of block at the first step, over time, drift of the scales."""
-    first = [{**block, "gsnr": block["gsnr_now"][0]} for block in record["blocks"]]
-    plot_kinds(first, folder / "gsnr_kinds.png", f"g-SNR by kind of block, step {record['steps'][0]}")
+    """The figures of a `gsnr.json`, beside it: by kind of block at first, over time, drift of the scales.
+
+    Those that would show nothing are left out: all of them where no gradient was finite.
+    """
+    if not record["blocks"]:
+        return
+    first = [{**b, "gsnr": next(x for x in b["gsnr_now"] if x is not None)} for b in record["blocks"]]
+    plot_kinds(first, folder / "gsnr_kinds.png", "g-SNR by kind of block, each block's first gradient")
     plot_over_time(record, folder / "gsnr_time.png")
     if any(block["drift"] for block in record["blocks"]):
         plot_drift(record, folder / "gsnr_drift.png")

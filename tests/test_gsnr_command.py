@@ -115,6 +115,7 @@ def test_lora_whose_a_waits_for_a_second_gradient(folder: Path) -> None:
         (["--model", "MODEL", "--data", "bad.jsonl"], "--data: .*bad.jsonl, line 1: not JSON"),
         (["--model", "MODEL", "--data", "text.jsonl", "--text-column", "x"], "no text 'x' in 'text'; name it with"),
         (["--model", "MODEL", "--data", "bad.parquet"], "--data: .*bad.parquet must be a whole Parquet file"),
+        (["--model", "MODEL", "--device", "abacus"], "--device abacus cannot be used"),
         (["--model", "MODEL", "--data", "model"], "--data: '.*model' is no local file"),
     ],
     ids=lambda value: " ".join(value[-2:]) if isinstance(value, list) else "",

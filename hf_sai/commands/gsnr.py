@@ -60,6 +60,10 @@ def run(args: argparse.Namespace) -> None:
 
     _check(args, sizes=GPT2_SIZES)
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
     name = args.model or args.config
     option = "--tokenizer" if args.tokenizer else "--model" if args.model else "--config"
     tokenizer = load_tokenizer(args.tokenizer or name, option)

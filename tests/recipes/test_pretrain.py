@@ -192,6 +192,22 @@ def test_diverged_run_stops_and_says_so(config):
     assert record["steps"] < 12
 
 
+def test_a_run_without_a_finite_gradient_has_an_empty_record_of_g_snr(config, monkeypatch):
+    build = gpt2_pretrain.build_model
+
+    def broken(*args):
+        model = build(*args)
+        model.transformer.ln_f.weight.data.fill_(math.nan)
+        return model
+
+    monkeypatch.setattr(gpt2_pretrain, "build_model", broken)
+    config |= {"gsnr_every": 1, "optim": "adamw_torch", "max_grad_norm": 0.0}
+    folder = pretrain(config)
+    assert record_of(folder)["diverged"]
+    assert json.loads((folder / "gsnr.json").read_text())["blocks"] == []
+    assert not list(folder.glob("gsnr_*.png"))
+
+
 def test_length_in_tokens_and_warm_up_as_a_fraction(config):
     config.pop("max_steps")
     config |= {"max_tokens": 1300, "warmup_fraction": 0.5, "gradient_accumulation_steps": 2}
