@@ -1,35 +1,83 @@
-"""GSNRCallback: what SGDSaI measured, in the Trainer's own logs."""
+"""GSNRCallback: what SGDSaI measured, and what it would measure now, in the Trainer's own logs."""
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, PrinterCallback, ProgressCallback
 
+from hf_sai.monitor import DRIFT, NOW, Measured, build_record, measure_gradients, recalibrated, usable, write_json
+from hf_sai.optimizer import SGDSaI
 from hf_sai.table import GSNRRow, gsnr_table, unwrap_sgd_sai
 
 __all__ = ["GSNRCallback", "gsnr_table"]
 
 
 class GSNRCallback(TrainerCallback):
-    """Logs the g-SNR and the scale of every block, once, when the block is calibrated.
+    """Logs the g-SNR and the scale of every block when it is calibrated and, if asked to, its g-SNR from then on.
 
-    The values go through ``report_to`` (as ``gsnr/<parameter name>`` and ``scale/<parameter name>``) and into the
-    Trainer's ``log_history``, at the first logging step after the calibration; not to the console, where hundreds of
-    numbers would drown the loss.
+    The values go through ``report_to`` and into the Trainer's ``log_history``, not to the console, where hundreds of
+    numbers would drown the loss:
+
+    - ``gsnr/<parameter name>`` and ``scale/<parameter name>``, once, at the first logging step after the calibration;
+    - with ``every``, ``gsnr_now/<parameter name>``: the g-SNR of the gradient of that step as the optimizer is about to
+      take it, accumulated over micro-batches and processes and clipped (which does not change g-SNR);
+    - with ``every``, ``gsnr_drift/<parameter name>``: the scale that the block would get if all blocks were calibrated
+      on that step's gradients, in units of the scale that it has. Left out without SGDSaI and before the block is
+      calibrated; and under ``scaling="adamw"`` with float16 and no clipping, where gradients are multiplied by a loss
+      scale that changes.
+
+    With ``every`` the measurements are also written to ``file`` in ``output_dir`` when training ends, as
+    :func:`hf_sai.monitor.build_record` describes. They are kept in ``log_history``, hence in every checkpoint: after a
+    resume the record goes on. A measurement reads each gradient twice and costs two host synchronisations.
+
+    Args:
+        every: measure at optimizer steps 1, 1 + every, 1 + 2 * every and so on; never where it is ``None``. Any
+            optimizer will do then, not only SGDSaI.
+        file: the name of the record.
 
     Raises:
-        TypeError: when training begins with an optimizer other than SGDSaI.
+        ValueError: for ``every`` below 1; at the first measurement under DeepSpeed or FSDP1 or with
+            ``release_gradients``, where the gradients are not to be seen.
+        TypeError: without ``every``, when training begins with an optimizer other than SGDSaI.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, every: int | None = None, file: str = "gsnr.json") -> None:
+        if every is not None and every < 1:
+            raise ValueError(f"every must be at least 1 optimizer step, or None for no measurements, got {every}")
+        self.every, self.file = every, file
         self._logged: set[str] = set()
+        self._has_scales = True
+        self._measured: list[Measured] = []  # of the step that is being made
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        unwrap_sgd_sai(kwargs["optimizer"])
+        if self.every is None:
+            unwrap_sgd_sai(kwargs["optimizer"])
+        self._has_scales = _holds_sgd_sai(kwargs["optimizer"])
         self._logged.clear()
+        self._measured.clear()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.every is not None and state.global_step % self.every == 0:
+            self._measured = measure_gradients(kwargs["optimizer"], kwargs["model"])
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not self._measured:
+            return
+        measured, self._measured = self._measured, []
+        values = {NOW + m.name: m.statistics.gsnr for m in usable(measured)}
+        if self._has_scales:
+            loss_scaled = args.fp16 and not args.max_grad_norm
+            now = recalibrated([m for m in measured if not (loss_scaled and m.scaling == "adamw")])
+            kept = {row.name: row.scale for row in gsnr_table(kwargs["optimizer"], kwargs["model"]) if row.calibrated}
+            values |= {DRIFT + name: scale / kept[name] for name, scale in now.items() if name in kept}
+        if values:
+            _log(values, args, state, control, **kwargs)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # Trainer.evaluate logs too, before training there is nothing to tell.
@@ -40,15 +88,26 @@ class GSNRCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._log_new_blocks(args, state, control, **kwargs)
+        if self.every is not None and state.is_world_process_zero:
+            rows = gsnr_table(kwargs["optimizer"], kwargs["model"]) if self._has_scales else []
+            calibrated = {row.name: (row.gsnr, row.scale) for row in rows if row.calibrated}
+            record = build_record(state.log_history, kwargs["model"], calibrated, self.every)
+            write_json(Path(str(args.output_dir)) / self.file, record)
 
     def _log_new_blocks(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        rows = gsnr_table(kwargs["optimizer"], kwargs["model"])
+        rows = gsnr_table(kwargs["optimizer"], kwargs["model"]) if self._has_scales else []
         new = [row for row in rows if row.calibrated and row.name not in self._logged]
         if new:
             self._logged.update(row.name for row in new)
             _log(_as_logs(new), args, state, control, **kwargs)
+
+
+def _holds_sgd_sai(optimizer: Any) -> bool:
+    while hasattr(optimizer, "optimizer") and not isinstance(optimizer, SGDSaI):
+        optimizer = optimizer.optimizer
+    return isinstance(optimizer, SGDSaI)
 
 
 def _as_logs(rows: list[GSNRRow]) -> dict[str, float]:

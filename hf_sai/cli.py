@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import hf_sai
-from hf_sai.commands import bench, score
+from hf_sai.commands import bench, gsnr, score
 
 
 class Command(Protocol):
@@ -26,7 +26,7 @@ class Command(Protocol):
         """Print the result. Bad input is a ValueError or OSError whose message says it all."""
 
 
-COMMANDS: tuple[Command, ...] = (bench, score)
+COMMANDS: tuple[Command, ...] = (bench, gsnr, score)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hf_sai.blocks import block_names
 from hf_sai.optimizer import SGDSaI
 
 
@@ -46,13 +47,9 @@ def gsnr_table(optimizer: Any, model: nn.Module) -> list[GSNRRow]:
         TypeError: if the optimizer is not an SGDSaI.
     """
     sgd_sai = unwrap_sgd_sai(optimizer)
-    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or _is_engine(model):
-        model = model.module  # type: ignore[assignment]
     blocks = sgd_sai.block_states()
     states = {p: state for _, p, state in blocks}
-    named: dict[Tensor, str] = {
-        p: name.replace("_orig_mod.", "") for name, p in model.named_parameters() if p in states
-    }
+    named = {p: block.name for p, block in block_names(model).items() if p in states}
     names: dict[Tensor, str] = {**named, **{p: place for place, p, _ in blocks if p not in named}}
     measured = _to_host([states[p] for p in names])
     return [
@@ -69,10 +66,6 @@ def unwrap_sgd_sai(optimizer: Any) -> SGDSaI:
             raise TypeError(f"optimizer must be an SGDSaI, got {type(inner).__name__}; only SGDSaI measures g-SNR")
         inner = inner.optimizer
     return inner
-
-
-def _is_engine(model: nn.Module) -> bool:
-    return type(model).__module__.partition(".")[0] == "deepspeed"
 
 
 def _to_host(states: Sequence[Mapping[str, Tensor]]) -> list[tuple[float, float]]:

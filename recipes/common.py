@@ -257,11 +257,16 @@ def machine() -> dict[str, Any]:
 
 
 _ALWAYS = ("optim", "learning_rate", "weight_decay", "per_device_train_batch_size", "max_grad_norm", "seed")
-_PRIVATE = ("token", "output_dir", "logging_dir", "run_name", "hub_model_id", "trackio_space_id")
+_SECRET = ("hub_token", "push_to_hub_token")
+# Names of a person's places and accounts. `push_to_hub_*` and `logging_dir` are of transformers 4.
+_PRIVATE = (
+    *("output_dir", "logging_dir", "run_name", "hub_model_id", "push_to_hub_model_id", "push_to_hub_organization"),
+    *("trackio_space_id", "trackio_static_space_id", "trackio_bucket_id"),
+)
 
 
 def public_settings(*configs: Any) -> dict[str, Any]:
-    """The settings of dataclass configs for a record: no tokens, a path by its last part only.
+    """The settings of dataclass configs for a record: no access tokens, a path by its last part only.
 
     Of `TrainingArguments` only what differs from its defaults, and always the learning rate and the optimizer.
     """
@@ -273,7 +278,7 @@ def public_settings(*configs: Any) -> dict[str, Any]:
             default = spec.default_factory() if callable(spec.default_factory) else spec.default
             default = getattr(default, "value", default)
             optional = isinstance(config, TrainingArguments) and spec.name not in _ALWAYS
-            if any(word in spec.name for word in _PRIVATE) or (optional and (value == default or not value)):
+            if spec.name in _SECRET + _PRIVATE or (optional and (value == default or not value)):
                 continue
             if isinstance(value, bool | int | float | str | list | dict | None):
                 found[spec.name] = _without_folders(value)

@@ -2,8 +2,8 @@
 
 Runs alone or under `accelerate launch --config_file accelerate_configs/NAME.yaml`. Text, split, tokens and blocks are
 those of `pretrain_data.py`; training, resume and trackers are the Trainer's. In `output_dir` it leaves the model and
-its tokenizer, `record.json` (curves, speed, memory, versions) and `curves.png`. `recipes/compare.py` puts several
-records side by side.
+its tokenizer, `record.json` (curves, speed, memory, versions) and `curves.png`; with `gsnr_every` also `gsnr.json`, the
+g-SNR of every block over time, and figures of it. `recipes/compare.py` puts several records side by side.
 """
 
 from __future__ import annotations
@@ -35,7 +35,11 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, get_last_checkpoint
 
+from hf_sai import GSNRCallback
 from hf_sai.checkpoints import last_whole_checkpoint
+from hf_sai.initialisation import SCHEMES, initialise
+from hf_sai.monitor import read_record
+from hf_sai.probe import GPT2_SIZES
 from recipes.common import StepTimer, UserError, check_writable, parse_config, run_main, write_bytes, write_json
 from recipes.optimizers import RecipeArguments, trainer_optimizer
 from recipes.pretrain_data import (
@@ -47,27 +51,17 @@ from recipes.pretrain_data import (
     tokenize_corpus,
     train_tokenizer,
 )
-from recipes.pretrain_report import build_record, draw_curves
+from recipes.pretrain_report import build_record, draw_curves, draw_gsnr
 from recipes.pretrain_text import Corpus
 
 logger = logging.getLogger(__name__)
-
-# layers, heads, width; "5m" with a vocabulary of 8,192 and 512 positions has 5.4 M parameters
-SIZES = {
-    "tiny": (2, 4, 128),
-    "5m": (4, 4, 256),
-    "small": (12, 12, 768),
-    "medium": (24, 16, 1024),
-    "large": (36, 20, 1280),
-    "xl": (48, 25, 1600),
-}
 
 
 @dataclass
 class ModelArguments:
     """The model, its tokenizer, and how the text is packed for it."""
 
-    model_size: str = field(default="small", metadata={"help": f"One of {', '.join(SIZES)}."})
+    model_size: str = field(default="small", metadata={"help": f"One of {', '.join(GPT2_SIZES)}."})
     n_layer: int | None = field(default=None, metadata={"help": "Instead of the size's."})
     n_head: int | None = field(default=None, metadata={"help": "Instead of the size's."})
     n_embd: int | None = field(default=None, metadata={"help": "Instead of the size's."})
@@ -76,6 +70,10 @@ class ModelArguments:
         default=None, metadata={"help": "The tokenizer's by default; a multiple of 64 above it is faster on GPUs."}
     )
     dropout: float = 0.0
+    init_scheme: str = field(
+        default="default",
+        metadata={"help": f"Of the linear layers, one of {', '.join(SCHEMES)}; default is GPT-2's own."},
+    )
     attn_implementation: str = "sdpa"
     tokenizer: str = field(
         default="gpt2",
@@ -95,8 +93,10 @@ class ModelArguments:
     max_eval_blocks: int | None = field(default=None, metadata={"help": "Validate on the first blocks only."})
 
     def __post_init__(self) -> None:
-        if self.model_size not in SIZES:
-            raise UserError(f"model_size must be one of {', '.join(SIZES)}, got {self.model_size!r}")
+        if self.model_size not in GPT2_SIZES:
+            raise UserError(f"model_size must be one of {', '.join(GPT2_SIZES)}, got {self.model_size!r}")
+        if self.init_scheme not in SCHEMES:
+            raise UserError(f"init_scheme must be one of {', '.join(SCHEMES)}, got {self.init_scheme!r}")
         for name in ("n_layer", "n_head", "n_embd", "max_eval_blocks", "tokenizer_processes", "tokenizer_train_bytes"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -104,7 +104,7 @@ class ModelArguments:
             raise UserError(f"stream_validation_documents must be at least 0, got {self.stream_validation_documents}")
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"dropout must be in [0, 1), got {self.dropout}")
-        _, heads, width = SIZES[self.model_size]
+        _, heads, width = GPT2_SIZES[self.model_size]
         if (self.n_embd or width) % (self.n_head or heads):
             raise UserError(
                 f"n_embd must be a multiple of n_head, got {self.n_embd or width} and {self.n_head or heads}"
@@ -123,6 +123,9 @@ class PretrainArguments(RecipeArguments):
     output_dir: str = field(default="outputs/gpt2_pretrain", metadata={"help": "Model, checkpoints, record, curves."})
     max_tokens: int | None = field(default=None, metadata={"help": "Sets max_steps; a last step is not cut."})
     warmup_fraction: float = field(default=0.01, metadata={"help": "Of all steps, where warmup_steps is 0."})
+    gsnr_every: int | None = field(
+        default=None, metadata={"help": "Measure every block's g-SNR each so many steps: gsnr.json and figures of it."}
+    )
     logging_nan_inf_filter: bool = False
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "`auto` (the last of output_dir, if any) or a checkpoint's folder."}
@@ -134,6 +137,8 @@ class PretrainArguments(RecipeArguments):
             raise UserError(f"warmup_fraction must be in [0, 1), got {self.warmup_fraction}")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise UserError(f"max_tokens must be at least 1, or left out, got {self.max_tokens}")
+        if self.gsnr_every is not None and self.gsnr_every < 1:
+            raise UserError(f"gsnr_every must be at least 1, or left out, got {self.gsnr_every}")
 
 
 def config_words(config: str | Path | Mapping[str, Any] | Sequence[str]) -> list[str]:
@@ -216,7 +221,7 @@ def load_blocks(corpus: Corpus, options: ModelArguments, tokenizer: PreTrainedTo
 
 def build_model(options: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> GPT2LMHeadModel:
     """A GPT-2 with fresh weights."""
-    layers, heads, width = SIZES[options.model_size]
+    layers, heads, width = GPT2_SIZES[options.model_size]
     vocab_size = options.model_vocab_size or len(tokenizer)
     if len(tokenizer) > vocab_size:
         raise UserError(
@@ -237,6 +242,7 @@ def build_model(options: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> 
         attn_implementation=options.attn_implementation,
     )
     model = GPT2LMHeadModel(config)
+    initialise(model, options.init_scheme)
     model.loss_type = "ForCausalLM"  # transformers guesses it from the class's name, and fails to for GPT-2's
     return model
 
@@ -385,6 +391,7 @@ def pretrain(config: str | Path | Mapping[str, Any] | Sequence[str]) -> Path:
         eval_dataset=validation,
         data_collator=default_data_collator,
         processing_class=tokenizer,
+        callbacks=[GSNRCallback(args.gsnr_every)] if args.gsnr_every else [],
         **trainer_optimizer(model, args),
     )
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -398,7 +405,6 @@ def pretrain(config: str | Path | Mapping[str, Any] | Sequence[str]) -> Path:
     folder = Path(args.output_dir)
     if trainer.is_world_process_zero():
         data = {
-            "tokenizer": Path(options.tokenizer).name,
             "vocabulary": len(tokenizer),
             "block_size": options.block_size,
             "validation_blocks": len(validation) if validation else 0,
@@ -410,6 +416,8 @@ def pretrain(config: str | Path | Mapping[str, Any] | Sequence[str]) -> Path:
         figure = io.BytesIO()
         draw_curves([record], figure)
         write_bytes(folder / "curves.png", figure.getvalue())
+        if args.gsnr_every:
+            draw_gsnr(read_record(folder / "gsnr.json"), folder)
     trainer.accelerator.wait_for_everyone()
     return folder
 

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import torch
 
 from hf_sai.bench.state_bytes import optimizer_state_bytes
+from hf_sai.gsnr_plots import plot_drift, plot_kinds, plot_over_time
 from recipes.common import run_record
 
 # Dense bf16 and fp16 tensor-core peaks in FLOP/s from the makers' data sheets; the first name that fits wins.
@@ -116,7 +117,7 @@ def build_record(trainer: Any, corpus: Any, options: Any, data: dict[str, Any]) 
         processes=args.world_size,
         steps=trainer.state.global_step,
         tokens=trainer.state.global_step * trainer.tokens_per_step,
-        train_seconds=round(max((row["train_seconds"] for row in history), default=0.0), 1),
+        train_seconds=round(max((row.get("train_seconds", 0.0) for row in history), default=0.0), 1),
         final=final,
         diverged=any(not math.isfinite(row["loss"]) for row in train + validation),
         speed=speed,
@@ -127,6 +128,20 @@ def build_record(trainer: Any, corpus: Any, options: Any, data: dict[str, Any]) 
     for files in ("train_files", "validation_files"):  # a record holds no path of the machine it was made on
         record["config"][files] = [Path(name).name for name in record["config"][files]]
     return record
+
+
+def draw_gsnr(record: Mapping[str, Any], folder: Path) -> None:
+    """The figures of a `gsnr.json`, beside it: by kind of block at first, over time, drift of the scales.
+
+    Those that would show nothing are left out: all of them where no gradient was finite.
+    """
+    if not record["blocks"]:
+        return
+    first = [{**b, "gsnr": next(x for x in b["gsnr_now"] if x is not None)} for b in record["blocks"]]
+    plot_kinds(first, folder / "gsnr_kinds.png", "g-SNR by kind of block, each block's first gradient")
+    plot_over_time(record, folder / "gsnr_time.png")
+    if any(block["drift"] for block in record["blocks"]):
+        plot_drift(record, folder / "gsnr_drift.png")
 
 
 def label(record: Mapping[str, Any]) -> str:

@@ -184,10 +184,50 @@ def pretraining() -> str:
     return markdown(["", "best lr", "loss at 1 M tokens by lr", "at 5 M tokens", "state MiB"], rows)
 
 
+def gsnr() -> str:
+    """g-SNR / sqrt(d) over the blocks of a kind and the measured steps of each pretraining run."""
+    record = result("gsnr_5m")
+    titles = {
+        "base": "16 sequences a step",
+        "batch4": "4 sequences",
+        "kaiming": "Kaiming weights",
+        "orthogonal": "orthogonal weights",
+        "adamw": "AdamW trains",
+    }
+    runs = record["runs"]
+    rows = []
+    for kind, found in runs[0]["kinds"].items():
+        spreads = [run["kinds"][kind]["to_sqrt_d"] for run in runs]
+        rows.append([kind, str(found["blocks"]), *(f"{low:.3f} to {high:.3f}" for low, _, high in spreads)])
+    table = markdown(["", "blocks", *(titles[run["run"]] for run in runs)], rows)
+    small = [kind for kind in runs[0]["kinds"] if kind in ("norm", "bias")]
+    large = [kind for kind in runs[0]["kinds"] if kind not in small]
+    low, high = limits(runs, large, "to_sqrt_d")
+    small_low, small_high = limits(runs, small, "to_sqrt_d")
+    ratio_low, ratio_high = limits(runs, [*large, *small], "drift_over_mean")
+    common = [factor for run in runs for factor in run["common_drift"] or []]
+    tokens, steps = [run["tokens"] for run in runs], [run["measured_steps"] for run in runs]
+    return (
+        f"{table}\n\nGPT-2 of {runs[0]['parameters'] / 1e6:.1f} M parameters on English prose, the first "
+        f"{min(tokens):,} to {max(tokens):,} tokens, {min(steps)} to {max(steps)} measured steps a run, one seed. "
+        f"Matrices and embeddings lie within {100 * max(high - 1, 1 - low):.2f} % of sqrt(d) in every run and step, "
+        f"norms and biases at {small_low:.2f} to {small_high:.2f} times it. A re-calibration under "
+        f'`scaling="adamw"` would multiply all scales by one factor, {min(common):.2f} to {max(common):.2f}, as '
+        f"gradients have grown or shrunk, and each by {ratio_low:.2f} to {ratio_high:.2f} besides."
+    )
+
+
+def limits(runs: list[dict[str, Any]], kinds: list[str], key: str) -> tuple[float, float]:
+    """Least and largest value of `key` over some kinds of block, in the runs that have it."""
+    found = [run["kinds"][kind][key] for run in runs for kind in kinds if run["kinds"][kind][key]]
+    return min(low for low, _, _ in found), max(high for _, _, high in found)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "e2e": e2e,
     "diffusion": diffusion,
     "rates": rates,
+    "gsnr": gsnr,
     "pretraining": pretraining,
     "speed": speed,
     "speed_cuda": speed_cuda,

@@ -115,6 +115,22 @@ def test_late_experts_under_ddp(two: Any) -> None:
     assert largest_difference(others, expected) < 1e-4
 
 
+def test_what_is_measured_during_training_is_the_g_snr_of_the_whole_gradient(two: Any) -> None:
+    model = build()
+    train(model, torch.optim.SGD(model.parameters(), lr=1e-2), range(3))
+    ranks = two["hf_sai"]["fsdp2_monitor"]
+    assert ranks[0] == ranks[1]
+    expected = {
+        name: 0.0
+        if p.grad is None or not p.grad.any()
+        else math.sqrt(p.numel())
+        if name in ("gain", "shift")
+        else float(p.grad.double().norm() / (p.grad.double().std() + 1e-8))
+        for name, p in model.named_parameters()
+    }
+    assert largest_relative_error(ranks[0]["gsnr"], expected) < 1e-5
+
+
 def test_a_gradient_missing_on_one_rank_counts_as_zero(two: Any) -> None:
     ranks = two["hf_sai"]["fsdp2_ranks_without_gradient"]
     assert ranks[0]["gsnr"] == ranks[1]["gsnr"]

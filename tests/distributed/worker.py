@@ -40,6 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_sai import SGDSaI
 from hf_sai.gsnr import measure
+from hf_sai.monitor import measure_gradients
 
 STEPS = 20
 SAVED_AT = 10
@@ -238,6 +239,14 @@ def fsdp2_not_finite(subject: Subject, _: Path) -> dict[str, Any]:
     }
 
 
+def fsdp2_monitor(subject: Subject, _: Path) -> dict[str, Any]:
+    """The g-SNR of each block's gradient during training, with an optimizer that measures none itself."""
+    model = shard(build(), init_device_mesh("cpu", (2,)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    train(model, optimizer, range(3), rows())
+    return {"gsnr": {m.name: m.statistics.gsnr for m in measure_gradients(optimizer, model)}}
+
+
 def tensor_parallel(subject: Subject, _: Path) -> dict[str, Any]:
     """Without FSDP: the norm's gradients are partial sums, the other blocks' are split by columns or by rows."""
     model = parallelize(build(TwoLayers), init_device_mesh("cpu", (2,)))
@@ -353,6 +362,7 @@ CHECKS: dict[int, list[Check]] = {
         fsdp2_costs,
         fsdp2_ranks_without_gradient,
         fsdp2_not_finite,
+        fsdp2_monitor,
         tensor_parallel,
         save_sharded,
         load_sharded,
@@ -360,7 +370,7 @@ CHECKS: dict[int, list[Check]] = {
     4: [hsdp, fsdp2_tensor_parallel, save_sharded, load_sharded],
 }
 # It has one scaling only; with a gradient missing on one rank its collectives would wait for ever.
-NOT_FOR_AUTHORS = (fsdp2_max, fsdp2_adamw, fsdp2_by_accelerate, fsdp2_ranks_without_gradient)
+NOT_FOR_AUTHORS = (fsdp2_max, fsdp2_adamw, fsdp2_by_accelerate, fsdp2_ranks_without_gradient, fsdp2_monitor)
 
 
 def main() -> None:

@@ -3,8 +3,9 @@
 import copy
 import json
 import math
+import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -312,6 +313,24 @@ def test_record_holds_no_paths_or_tokens(tmp_path: Path) -> None:
         found["versions"]["torch"] == torch.__version__.split("+")[0] or found["versions"]["torch"] in torch.__version__
     )
     assert found["machine"]["cores"] >= 1
+
+
+def test_every_access_token_of_the_trainer_is_kept_out_and_nothing_else_with_that_word(tmp_path: Path) -> None:
+    @dataclass
+    class Lengths:
+        max_tokens: int = 5
+        tokenizer: str = "gpt2"
+
+    args = arguments(tmp_path)
+    secret = [spec.name for spec in fields(args) if re.search(r"(^|_)(token|key|password|secret)$", spec.name)]
+    assert "hub_token" in secret
+    for name in secret:
+        setattr(args, name, "hf_secret")
+    args.include_num_input_tokens_seen = "all"
+    found = public_settings(Lengths(), args)
+    assert "hf_secret" not in found.values()
+    wanted = {"max_tokens": 5, "tokenizer": "gpt2", "include_num_input_tokens_seen": "all"}
+    assert {name: found.get(name) for name in wanted} == wanted
 
 
 def test_hub_names_stay_whole() -> None:

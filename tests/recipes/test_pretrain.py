@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from recipes import gpt2_pretrain
 from recipes.common import UserError
 from recipes.gpt2_pretrain import PretrainTrainer, pretrain, read_config
+from recipes.gsnr_summary import summary
 from recipes.pretrain_report import model_flops_per_token
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,6 +112,7 @@ def test_result_is_a_model_with_its_tokenizer_and_a_record(config):
 
 def test_killed_in_mid_epoch_and_resumed_is_the_run_never_killed(config, tmp_path, monkeypatch):
     config |= {"save_strategy": "steps", "save_steps": 5, "lr_scheduler_type": "cosine", "max_grad_norm": 1.0}
+    config |= {"gsnr_every": 3}
     whole = pretrain({**config, "output_dir": str(tmp_path / "whole")})
 
     step = PretrainTrainer.training_step
@@ -143,6 +146,27 @@ def test_killed_in_mid_epoch_and_resumed_is_the_run_never_killed(config, tmp_pat
         assert losses(records[0], split) == losses(records[1], split)
     seconds = [row["seconds"] for row in records[1]["curves"]["train"]]
     assert seconds == sorted(seconds)  # the clock went on too
+    measured = [(run / "gsnr.json").read_text() for run in (whole, resumed)]
+    assert measured[0] == measured[1]
+    assert json.loads(measured[0])["steps"] == [1, 4, 7, 10]
+    for name in ("kinds", "time", "drift"):
+        assert (resumed / f"gsnr_{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_g_snr_of_another_optimizer_and_initialisation(config):
+    config |= {"optim": "adamw_torch", "gsnr_every": 4, "init_scheme": "orthogonal", "max_steps": 5}
+    folder = pretrain(config)
+    measured = json.loads((folder / "gsnr.json").read_text())
+    assert (measured["steps"], len(measured["blocks"])) == ([1, 5], 2 + 12 * 2 + 2)
+    assert (folder / "gsnr_time.png").exists()
+    assert not (folder / "gsnr_drift.png").exists()
+    assert record_of(folder)["config"]["init_scheme"] == "orthogonal"
+    found = summary(folder)
+    ratios = [x / math.sqrt(b["numel"]) for b in measured["blocks"] if b["kind"] == "bias" for x in b["gsnr_now"]]
+    assert found["kinds"]["bias"]["to_sqrt_d"] == pytest.approx([min(ratios), median(ratios), max(ratios)], rel=1e-4)
+    assert found["kinds"]["bias"]["drift"] is None
+    with pytest.raises(UserError, match=r"is no finished run of gpt2_pretrain\.py with gsnr_every"):
+        summary(folder / "nowhere")
 
 
 def test_every_optimizer_sees_the_same_data(config, tmp_path, monkeypatch):
@@ -168,12 +192,29 @@ def test_diverged_run_stops_and_says_so(config):
     assert record["steps"] < 12
 
 
+def test_a_run_without_a_finite_gradient_has_an_empty_record_of_g_snr(config, monkeypatch):
+    build = gpt2_pretrain.build_model
+
+    def broken(*args):
+        model = build(*args)
+        model.transformer.ln_f.weight.data.fill_(math.nan)
+        return model
+
+    monkeypatch.setattr(gpt2_pretrain, "build_model", broken)
+    config |= {"gsnr_every": 1, "optim": "adamw_torch", "max_grad_norm": 0.0}
+    folder = pretrain(config)
+    assert record_of(folder)["diverged"]
+    assert json.loads((folder / "gsnr.json").read_text())["blocks"] == []
+    assert not list(folder.glob("gsnr_*.png"))
+
+
 def test_length_in_tokens_and_warm_up_as_a_fraction(config):
     config.pop("max_steps")
     config |= {"max_tokens": 1300, "warmup_fraction": 0.5, "gradient_accumulation_steps": 2}
     record = record_of(pretrain(config))
     assert record["steps"] == math.ceil(1300 / (4 * 2 * 32))
     assert record["config"]["warmup_steps"] == 3
+    assert record["config"]["max_tokens"] == 1300
     assert record["tokens"] == 6 * 256
 
 
@@ -209,6 +250,8 @@ def test_model_flops_are_what_torch_counts():
         ({"learning_rat": 1e-3}, "did you mean 'learning_rate'"),
         ({"blok_size": 8}, "did you mean 'block_size'"),
         ({"optim": "sgd_say"}, "did you mean 'sgd_sai'"),
+        ({"init_scheme": "he"}, "init_scheme must be one of default, xavier, kaiming, orthogonal, got 'he'"),
+        ({"gsnr_every": 0}, "gsnr_every must be at least 1, or left out, got 0"),
         ({"model_size": "huge"}, "model_size must be one of tiny, 5m, small.*got 'huge'"),
         ({"tokenizer": "no/such-tokenizer"}, "tokenizer: 'no/such-tokenizer' is neither.*`train`"),
         ({"train_files": ["/no/such.txt"]}, "train_files: no file at '/no/such.txt'"),
@@ -238,7 +281,7 @@ def test_yaml_file_and_overrides(config, tmp_path):
 
 @pytest.mark.distributed
 def test_two_processes_are_one_with_twice_the_batch(config, tmp_path):
-    config |= {"max_steps": 8, "lr_scheduler_type": "cosine"}
+    config |= {"max_steps": 8, "lr_scheduler_type": "cosine", "gsnr_every": 7}
     one = record_of(pretrain({**config, "per_device_train_batch_size": 8, "output_dir": str(tmp_path / "one")}))
     config |= {"output_dir": str(tmp_path / "two")}
     (tmp_path / "two.yaml").write_text(json.dumps(config))  # JSON is YAML
@@ -251,6 +294,12 @@ def test_two_processes_are_one_with_twice_the_batch(config, tmp_path):
     # Float32 sums in another order: relative errors of 2**-23 that the steps carry on; 1e-5 is 84 of them.
     for split in ("train", "validation"):
         assert losses(two, split) == pytest.approx(losses(one, split), rel=1e-5)
+    one, two = (json.loads((tmp_path / run / "gsnr.json").read_text()) for run in ("one", "two"))
+    assert two["steps"] == one["steps"] == [1, 8]
+    for mine, other in zip(one["blocks"], two["blocks"], strict=True):
+        assert other["name"] == mine["name"]
+        for key in ("gsnr_now", "drift"):
+            assert other[key] == pytest.approx(mine[key], rel=1e-4)  # of gradients, a difference of losses
 
 
 @pytest.mark.skipif(not (DATA / "tinyshakespeare").is_dir(), reason="needs HF_SAI_DATA or ../shared/data")
