@@ -24,11 +24,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, SaveStrategy
 
+from hf_sai.bench.state_bytes import optimizer_state_bytes
 from recipes.common import (
     StepTimer,
     UserError,
     check_writable,
-    optimizer_state_bytes,
     parse_config,
     run_record,
     write_bytes,
