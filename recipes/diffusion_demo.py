@@ -85,9 +85,9 @@ class DemoArguments:
     channels: list[int] = field(
         default_factory=lambda: [16, 32, 64], metadata={"help": "Of the UNet's levels; the last one reads the text."}
     )
-    pretrain_steps: int = 1500
-    pretrain_batch_size: int = 32
-    pretrain_learning_rate: float = 3e-3
+    pretrain_steps: int = 2500
+    pretrain_batch_size: int = 16
+    pretrain_learning_rate: float = 1e-3
     lora_steps: int = field(default=100, metadata={"help": "Optimizer steps of each run, five drawings a step."})
     lora_r: int = 4
     samples: int = field(default=8, metadata={"help": "Of each of the 11 prompts that no drawing shows."})

@@ -203,6 +203,7 @@ def run(config: DiffusionArguments, args: OptimizerArguments) -> dict[str, Any]:
     pipe.to(accelerator.device)
     class_examples = prior_examples(config, pipe, accelerator, size)
     add_trained_parts(pipe, config)
+    set_seed(config.seed, device_specific=True)  # dropout: another one on each process
     if accelerator.mixed_precision != "no" and not sharded:  # FSDP wants one dtype, and casts by its own policy
         half = {"fp16": torch.float16, "bf16": torch.bfloat16}[accelerator.mixed_precision]
         for p in (p for part in (pipe.unet, *text_parts(pipe)[1]) for p in part.parameters() if not p.requires_grad):

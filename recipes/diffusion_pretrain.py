@@ -1,6 +1,8 @@
 """Pretraining of the toy world's text-conditioned diffusion model, from nothing, in minutes on a CPU."""
 
+import math
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,8 +70,9 @@ def pretrain(pipe: StableDiffusionPipeline, steps: int, batch_size: int, lr: flo
     scheduler = OneCycleLR(optimizer, max_lr=lr, total_steps=steps, pct_start=0.1)
     pipe.unet.train()
     pipe.text_encoder.train()
-    recent: list[float] = []
-    for step in tqdm(range(steps), desc="pretrain"):
+    recent: deque[tuple[float, float]] = deque(maxlen=max(1, steps // 10))  # loss: all, and where the noise is strong
+    bar = tqdm(range(steps), desc="pretrain")
+    for step in bar:
         chosen = rng.integers(len(drawings), size=batch_size)
         pixels = pictures[chosen]
         captions = torch.from_numpy(np.where(rng.random(batch_size) < _UNPROMPTED, len(drawings), chosen))
@@ -85,8 +88,11 @@ def pretrain(pipe: StableDiffusionPipeline, steps: int, batch_size: int, lr: flo
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        if step >= steps - max(1, steps // 10):
-            recent.append(loss.item())
+        noisy = losses.detach()[timesteps >= noisy_from]
+        recent.append((loss.item(), noisy.mean().item() if len(noisy) else math.nan))
+        if step % 50 == 49:
+            everywhere, strong = np.nanmean(list(recent)[-50:], axis=0)
+            bar.set_postfix(loss=f"{everywhere:.3f}", noisy=f"{strong:.3f}")
     pipe.unet.eval()
     pipe.text_encoder.eval()
     return {
@@ -94,7 +100,7 @@ def pretrain(pipe: StableDiffusionPipeline, steps: int, batch_size: int, lr: flo
         "batch_size": batch_size,
         "learning_rate": lr,
         "seed": seed,
-        "loss": sum(recent) / len(recent),
+        "loss": float(np.mean([all_steps for all_steps, _ in recent])),
         "seconds": round(time.perf_counter() - start, 1),
         "cpu_seconds": round(time.process_time() - start_cpu, 1),
     }
