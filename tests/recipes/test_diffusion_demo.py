@@ -19,7 +19,7 @@ def test_demo_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     """Every part runs, though the model obeys nothing yet. A second start makes only what is not there."""
     few = {name: replace(CONTENDERS[name], learning_rates=(3e-3,)) for name in ("SGD-SaI raw", "AdamW")}
     monkeypatch.setattr(diffusion_demo, "CONTENDERS", few)
-    small = {"lora_steps": 1, "samples": 1, "inference_steps": 1, "size": 8, "channels": [8, 16]}
+    small = {"lora_steps": 1, "seeds": 1, "samples": 1, "inference_steps": 1, "size": 8, "channels": [8, 16]}
     config = DemoArguments(str(tmp_path / "out"), pretrain_steps=1, pretrain_batch_size=2, **small)
     record = demo(config)
     assert [(row["optimizer"], row["learning_rate"]) for row in record["runs"]] == [
@@ -40,7 +40,7 @@ def test_demo_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert "| AdamW | 0.003 |" in capsys.readouterr().out
 
     # As if killed in the second run: the base and the first run stay, the second is made again and is the same.
-    (tmp_path / "out/AdamW-0.003/scores.json").unlink()
+    (tmp_path / "out/AdamW-0.003-seed0/scores.json").unlink()
     runs: list[str] = []
     train = diffusion_demo.run
     monkeypatch.setattr(diffusion_demo, "run", lambda *given: (runs.append(given[1].optim), train(*given))[1])
@@ -53,6 +53,11 @@ def test_demo_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
 
     demo(replace(config, lora_steps=2))  # another setting: nothing of the runs may be taken over
     assert len(runs) == 3
+    two = demo(replace(config, lora_steps=2, seeds=2))  # the first seed's runs are there
+    assert len(runs) == 5
+    row = two["runs"][0]
+    assert (row["samples"], len(row["all_by_seed"])) == (2 * len(unseen()), 2)
+    assert row["all"] == pytest.approx(sum(row["all_by_seed"]) / 2)
     given = demo(replace(config, output_dir=str(tmp_path / "given"), base=str(tmp_path / "out/base")))
     assert given["base"] == record["base"]
     assert [row["all"] for row in given["runs"]] == [row["all"] for row in record["runs"]]
