@@ -6,7 +6,11 @@ Pretrains a small Stable Diffusion on drawings (`diffusion_toy.py`), then teache
 pattern that it never saw, from five drawings bound to the token `<V>`, by `diffusion_lora.py` with each optimizer at
 several learning rates. Then `<V>` is asked for in colours and places in which the five drawings did not show it.
 Writes the table to `output_dir/record.json` and the pictures to `output_dir/grid.png`; a second start makes only what
-is not there or no longer true (other settings, another optimizer). With a GPU, larger (not run by us yet):
+is not there or no longer true (other settings, another optimizer). What README.md shows is from
+
+    python recipes/diffusion_demo.py --record recipes/results/diffusion_demo.json --grid recipes/results/diffusion_demo.png
+
+With a GPU, larger (not run by us yet):
 
     python recipes/diffusion_demo.py --output_dir out/demo64 --size 64 --channels 64 128 128 256 256 \\
         --pretrain_batch_size 64 --pretrain_steps 20000 --lora_steps 300
