@@ -8,7 +8,8 @@ several learning rates. Then `<V>` is asked for in colours and places in which t
 Writes the table to `output_dir/record.json` and the pictures to `output_dir/grid.png`; a second start makes only what
 is not there or no longer true (other settings, another optimizer). What README.md shows is from
 
-    python recipes/diffusion_demo.py --record recipes/results/diffusion_demo.json --grid recipes/results/diffusion_demo.png
+    python recipes/diffusion_demo.py --record recipes/results/diffusion_demo.json \\
+        --grid recipes/results/diffusion_demo.png
 
 With a GPU, larger (not run by us yet):
 
