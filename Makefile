@@ -29,7 +29,7 @@ $(VENV)/.diffusion: pyproject.toml constraints.txt
 demo: $(VENV)/.recipes  ## LoRA on E2E-style data, SGD-SaI beside AdamW; DATA=folder for the real E2E set
 	$(BIN)/python recipes/demo.py $(if $(DATA),--data $(DATA))
 
-demo-diffusion: $(VENV)/.diffusion  ## concept LoRA on a toy world, three optimizers at three learning rates each
+demo-diffusion: $(VENV)/.diffusion  ## concept LoRA on a toy world, optimizers at three learning rates each; goes on if killed
 	$(BIN)/python recipes/diffusion_demo.py
 
 test: $(VENV)/.dev  ## the whole suite less the tests marked slow

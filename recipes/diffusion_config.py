@@ -108,6 +108,8 @@ class DiffusionArguments:
             raise UserError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
         if self.cache_latents and self.random_crop:
             raise UserError("cache_latents needs the same crop every time; leave out random_crop")
+        if self.report_to == "none":  # as in the other recipes
+            self.report_to = None
         if self.concept_tokens == ["none"]:
             self.concept_tokens = []
         elif self.concept_init is None:

@@ -1,6 +1,6 @@
 """One picture of several diffusion LoRA runs: a row for each run, a column for each validation prompt.
 
-python recipes/diffusion_grid.py --runs out/sgd_sai out/adamw --output comparison.png
+python recipes/diffusion_grid.py --runs out/sgd_sai out/adamw --output comparison.png [--report_to tensorboard]
 """
 
 import json
@@ -12,6 +12,7 @@ from PIL import Image
 from recipes.common import UserError, parse_config, run_main
 from recipes.diffusion_data import open_image
 from recipes.diffusion_samples import grid, save_picture
+from recipes.diffusion_validation import new_accelerator, track
 
 
 @dataclass
@@ -21,6 +22,13 @@ class GridArguments:
     runs: list[str] = field(metadata={"help": "Output folders of diffusion_lora.py."})
     output: str = field(default="comparison.png", metadata={"help": "The picture."})
     cell: int = field(default=160, metadata={"help": "Width of one sample in the picture, in pixels."})
+    report_to: str | None = field(
+        default=None, metadata={"help": "An accelerate tracker for the picture; files go to logs/ beside it."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.cell < 1:
+            raise UserError(f"cell must be at least 1, got {self.cell}")
 
 
 def last_samples(folder: Path) -> tuple[str, list[str], list[Image.Image]]:
@@ -43,7 +51,14 @@ def main() -> None:
     for run, found in zip(config.runs, prompts, strict=True):
         if found != prompts[0]:
             raise UserError(f"runs: {run} has other prompts than {config.runs[0]}")
-    print(save_picture(grid(list(zip(labels, pictures, strict=True)), prompts[0], config.cell), config.output))
+    # before the picture is written: a tracker that is not there must not leave half of the work done
+    accelerator = new_accelerator(config.report_to, Path(config.output).parent / "logs")
+    path = save_picture(grid(list(zip(labels, pictures, strict=True)), prompts[0], config.cell), config.output)
+    if config.report_to:
+        accelerator.init_trackers("diffusion_grid")
+        track(accelerator.trackers, path, step=0)
+    accelerator.end_training()
+    print(path)
 
 
 if __name__ == "__main__":

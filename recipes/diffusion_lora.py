@@ -7,7 +7,9 @@ Writes to `output_dir`: `lora/` (for `load_lora_weights` and `load_textual_inver
 with `grid.png`, `record.json`, and checkpoints.
 """
 
+import hashlib
 import logging
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from torch import Tensor
 from tqdm import tqdm
-from transformers import get_scheduler
+from transformers import SchedulerType, get_scheduler
 
 from hf_sai.bench.state_bytes import optimizer_state_bytes
 from recipes.common import (
@@ -52,7 +54,7 @@ from recipes.diffusion_model import (
 )
 from recipes.diffusion_samples import sample, save_picture
 from recipes.diffusion_source import Source
-from recipes.diffusion_validation import Validation
+from recipes.diffusion_validation import Validation, new_accelerator, track
 from recipes.optimizers import OptimizerArguments, build_optimizer
 
 logger = logging.getLogger(__name__)
@@ -62,7 +64,9 @@ def prior_examples(config: DiffusionArguments, pipe: Any, accelerator: Accelerat
     """Images of the class, to keep the model from forgetting it: given, or drawn by the model before it is trained."""
     if config.prior_prompt is None:
         return []
-    folder = Path(config.prior_data or Path(config.output_dir) / "prior")
+    how = (config.model, config.prior_prompt, size, config.inference_steps, config.guidance_scale, config.seed)
+    made = f"prior-{hashlib.sha256(repr(how).encode()).hexdigest()[:8]}"  # never those of another prompt or model
+    folder = Path(config.prior_data or Path(config.output_dir) / made)
     if config.prior_data is None:
         mine = [
             i
@@ -143,6 +147,23 @@ def losses_of_batch(
     return loss, losses.detach(), timesteps
 
 
+def check_schedule(args: OptimizerArguments) -> None:
+    """Refuse an unknown schedule before the model is loaded, not after."""
+    try:
+        SchedulerType(args.lr_scheduler_type)
+    except ValueError as error:
+        known = ", ".join(kind.value for kind in SchedulerType)
+        raise UserError(f"lr_scheduler_type must be one of {known}, got {args.lr_scheduler_type!r}") from error
+
+
+def optimizer_of(model: ConceptModel, args: OptimizerArguments) -> torch.optim.Optimizer:
+    """`build_optimizer`; an optimizer whose package is missing is an error without a traceback."""
+    try:
+        return build_optimizer(model, args)
+    except ImportError as error:  # transformers' message says what to install
+        raise UserError(f"optim: {getattr(args.optim, 'value', args.optim)} is not available here: {error}") from error
+
+
 def run(config: DiffusionArguments, args: OptimizerArguments) -> dict[str, Any]:
     """Train, draw samples, save; returns the record, on every process.
 
@@ -153,13 +174,16 @@ def run(config: DiffusionArguments, args: OptimizerArguments) -> dict[str, Any]:
     check_writable("output_dir", output_dir)
     if config.record:
         check_writable("record", Path(config.record).parent)
+    check_schedule(args)
     checkpoint = find_checkpoint(config.resume, output_dir) if config.resume else None
-    accelerator = Accelerator(
+    accelerator = new_accelerator(
+        config.report_to,
+        output_dir / "logs",
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         mixed_precision=config.mixed_precision,
-        log_with=config.report_to,
-        project_dir=str(output_dir / "logs") if config.report_to else None,
     )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("mixed_precision: fp16 needs a GPU; use bf16 or no on a CPU")
     sharded = accelerator.distributed_type == DistributedType.FSDP
     samples_per_step = config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
 
@@ -179,6 +203,7 @@ def run(config: DiffusionArguments, args: OptimizerArguments) -> dict[str, Any]:
     pipe.to(accelerator.device)
     class_examples = prior_examples(config, pipe, accelerator, size)
     add_trained_parts(pipe, config)
+    set_seed(config.seed, device_specific=True)  # dropout: another one on each process
     if accelerator.mixed_precision != "no" and not sharded:  # FSDP wants one dtype, and casts by its own policy
         half = {"fp16": torch.float16, "bf16": torch.bfloat16}[accelerator.mixed_precision]
         for p in (p for part in (pipe.unet, *text_parts(pipe)[1]) for p in part.parameters() if not p.requires_grad):
@@ -189,7 +214,7 @@ def run(config: DiffusionArguments, args: OptimizerArguments) -> dict[str, Any]:
     sources = [Source(found, pipe, config, size) for found in (examples, class_examples) if found]
     schedule = training_schedule(pipe)
     model = ConceptModel(pipe.unet, [] if config.cache_prompts else text_parts(pipe)[1])
-    optimizer = build_optimizer(model, args)
+    optimizer = optimizer_of(model, args)
     model, optimizer = accelerator.prepare(model, optimizer)
     # Not prepared: accelerate would step it once for each process.
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, config.max_steps)
@@ -202,7 +227,7 @@ def run(config: DiffusionArguments, args: OptimizerArguments) -> dict[str, Any]:
     if config.report_to:
         scalars = {k: v for k, v in public_settings(config, args).items() if isinstance(v, bool | int | float | str)}
         accelerator.init_trackers("diffusion_lora", config=scalars)
-    validation = Validation(config, output_dir / "samples", size, progress["step"])
+    validation = Validation(config, output_dir / "samples", size, progress["step"], scores=accelerator.is_main_process)
     timer, by_timestep = StepTimer(), LossByTimestep(schedule.config.num_train_timesteps, accelerator.device)
     pictures: list[Any] = []
 
@@ -214,7 +239,7 @@ def run(config: DiffusionArguments, args: OptimizerArguments) -> dict[str, Any]:
         if accelerator.is_main_process:
             with accelerator.autocast():
                 pictures[:] = validation.draw(pipe, step)
-            validation.track(accelerator.trackers, step)
+            track(accelerator.trackers, validation.folder / "grid.png", step)
         accelerator.wait_for_everyone()
         model.train()
 
@@ -254,6 +279,9 @@ def run(config: DiffusionArguments, args: OptimizerArguments) -> dict[str, Any]:
             progress["history"].append({"step": step, **log})
             bar.set_postfix(loss=f"{log['loss']:.4f}")
             accelerator.log(log, step=step)
+            was_finite = all(math.isfinite(float(earlier["loss"])) for earlier in progress["history"][:-1])
+            if not math.isfinite(log["loss"]) and was_finite:
+                logger.warning("the loss is not finite at step %d: lower learning_rate or set max_grad_norm", step)
         look(step)
         if saves:
             save_checkpoint(accelerator, output_dir, progress, config.checkpoints_kept)
@@ -292,9 +320,8 @@ def run(config: DiffusionArguments, args: OptimizerArguments) -> dict[str, Any]:
         for path in filter(None, (output_dir / "record.json", config.record)):
             write_json(path, record)
         accelerator.print(f"LoRA, record and samples: {output_dir}")
-    if config.report_to:
-        accelerator.end_training()
     accelerator.wait_for_everyone()
+    accelerator.end_training()  # last: it closes the trackers, and the process group with them
     return record
 
 

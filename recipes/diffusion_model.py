@@ -261,7 +261,9 @@ def trained_parts(pipe: Any, tokens: list[str]) -> dict[str, dict[str, Any]]:
             state = {key: _whole(value) for key, value in get_peft_model_state_dict(part).items()}
             lora[f"{name}_lora_layers"] = convert_state_dict_to_diffusers(state)
             # Without it diffusers takes alpha to be the rank.
-            lora[f"{name}_lora_adapter_metadata"] = part.peft_config["default"].to_dict()
+            about = part.peft_config["default"].to_dict()
+            about["target_modules"] = sorted(about["target_modules"])  # of a set: the same file in every process
+            lora[f"{name}_lora_adapter_metadata"] = about
     encoders = text_parts(pipe)[1]
     rows = {
         token: [_whole(_embedding_table(encoder)[1].rows[i]) for encoder in encoders] for i, token in enumerate(tokens)

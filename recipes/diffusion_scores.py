@@ -15,11 +15,10 @@ class ClipScorer:
     """Cosine similarities in CLIP's space, as the DreamBooth paper's CLIP-I and CLIP-T.
 
     Args:
-        name: a CLIP model with its tokenizer and image processor, by hub name or folder.
-        device: where it runs, in float32.
+        name: a CLIP model with its tokenizer and image processor, by hub name or folder; on the CPU, in float32.
     """
 
-    def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
+    def __init__(self, name: str) -> None:
         from transformers import AutoTokenizer, CLIPModel
 
         # Without torchvision newer versions of transformers have the slow processor under a name of its own.
@@ -28,25 +27,31 @@ class ClipScorer:
         except ImportError:
             from transformers import CLIPImageProcessor as Processor
         try:
-            self.model = CLIPModel.from_pretrained(name).to(device).eval()
+            self.model = CLIPModel.from_pretrained(name).eval()
             self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
             self.processor = Processor.from_pretrained(name)
         except (OSError, ValueError) as error:
             raise UserError(f"clip_model: could not load {name!r} as a CLIP model: {error}") from error
-        self.device = device
+
+    def to(self, device: torch.device | str) -> "ClipScorer":
+        """Move the model."""
+        self.model.to(device)
+        return self
 
     @torch.no_grad()
     def images(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Unit vectors (n, width) of pictures."""
         pixels = self.processor(images=[p.convert("RGB") for p in pictures], return_tensors="pt").pixel_values
-        return F.normalize(_vectors(self.model.get_image_features(pixel_values=pixels.to(self.device))), dim=-1).cpu()
+        return F.normalize(
+            _vectors(self.model.get_image_features(pixel_values=pixels.to(self.model.device))), dim=-1
+        ).cpu()
 
     @torch.no_grad()
     def texts(self, prompts: Sequence[str]) -> Tensor:
         """Unit vectors (n, width) of prompts."""
         length = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(list(prompts), padding=True, truncation=True, max_length=length, return_tensors="pt")
-        tokens = tokens.to(self.device)
+        tokens = tokens.to(self.model.device)
         return F.normalize(_vectors(self.model.get_text_features(**tokens)), dim=-1).cpu()
 
     def score(

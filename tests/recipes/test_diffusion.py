@@ -165,13 +165,67 @@ def test_resume_refuses_another_batch_or_lora(train: Any) -> None:
         train("other", resume="last")
 
 
-def test_accumulation_and_cached_latents_change_nothing(train: Any) -> None:
-    """A batch of 2 is 2 batches of 1, and latents may be encoded beforehand: the same sums in another order."""
+def test_accumulation_caches_and_checkpointing_change_nothing(train: Any) -> None:
+    """A batch of 2 is 2 batches of 1; latents may be encoded beforehand, activations computed again: the same sums."""
     _, plain = train("plain", flip=True)
     _, accumulated = train("accumulated", flip=True, train_batch_size=1, gradient_accumulation_steps=2)
     _, cached = train("cached", flip=True, cache_latents=True)
     assert largest_difference(plain, accumulated) < TOLERANCE
     assert largest_difference(plain, cached) < TOLERANCE
+    _, again = train("again", flip=True, gradient_checkpointing=True)
+    assert largest_difference(plain, again) < TOLERANCE
+
+
+def test_cached_prompts_change_nothing(train: Any) -> None:
+    """Captions may be encoded beforehand where nothing of the text trains."""
+    settings = {"concept_tokens": ["none"], "concept_init": None}
+    folders = [train(f"cache-{cached}", cache_prompts=cached, **settings)[1] for cached in (False, True)]
+    one, other = (load_file(folder / "lora/pytorch_lora_weights.safetensors") for folder in folders)
+    assert all((one[k] - other[k]).abs().max() <= TOLERANCE * one[k].abs().max() for k in one)
+
+
+def test_several_tokens(train: Any, data_folder: Path, model_folder: Path, tmp_path: Path) -> None:
+    """Each has rows and a file of its own, all train, and stock diffusers loads them one by one."""
+    data = tmp_path / "two"
+    shutil.copytree(data_folder, data)
+    (data / "metadata.jsonl").write_text((data / "metadata.jsonl").read_text().replace("<V>", "<V> <S>"))
+    prompts = ["a photo of <V> <S>"]
+    _, folder = train(
+        data=str(data),
+        concept_tokens=["<V>", "<S>"],
+        concept_init=["random+dog", "toy"],
+        validation_prompts=prompts,
+        optimizer={"learning_rate": 0.3},
+    )
+    saved = [
+        load_file(folder / "lora" / name) for name in ("learned_embeds.safetensors", "learned_embeds_1.safetensors")
+    ]
+    assert [{key: tuple(row.shape) for key, row in rows.items()} for rows in saved] == [
+        {"<V>": (2, 32)},
+        {"<S>": (1, 32)},
+    ]
+    pipe = StableDiffusionPipeline.from_pretrained(model_folder, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    start = pipe.text_encoder.get_input_embeddings().weight[pipe.tokenizer.encode("toy")[1]]
+    assert (saved[1]["<S>"][0] - start).abs().max() > 1e-3
+    pipe.load_lora_weights(folder / "lora")
+    for name in ("learned_embeds.safetensors", "learned_embeds_1.safetensors"):
+        pipe.load_textual_inversion(folder / "lora", weight_name=name)
+    [picture] = pipe(prompts, generator=torch.Generator().manual_seed(0), num_inference_steps=2).images
+    drawn = np.asarray(open_image(folder / "samples/step-000004/00.png")).astype(int)
+    assert abs(np.asarray(picture).astype(int) - drawn).max() <= 1
+
+
+def test_clipping_is_to_the_norm(train: Any) -> None:
+    """SGD is linear in its gradient, so a first step clipped to half the norm is half as long."""
+    sgd = {"optim": "sgd", "learning_rate": 1.0}
+    moved = []
+    for norm in (1e-3, 2e-3):
+        _, folder = train(f"clip-{norm}", max_steps=1, max_grad_norm=norm, optimizer=sgd)
+        moved.append({k: v for k, v in weights(folder).items() if "lora.up" in k or "lora_B" in k})
+    assert moved[0]
+    for name, short in moved[0].items():
+        torch.testing.assert_close(2 * short, moved[1][name], rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.distributed
@@ -190,6 +244,7 @@ def test_two_processes_equal_one_with_twice_the_batch(
         "learning_rate": 1e-2,
         "lr_scheduler_type": "constant",
         "logging_steps": 1,
+        "report_to": "tensorboard",
     }
     command = [
         sys.executable,
@@ -253,7 +308,9 @@ def test_samples_grid_and_card(train: Any) -> None:
     for text in ("sgd_sai", "| learning rate | 0.01 |", "load_textual_inversion", "grid.png", "`<V>`"):
         assert text in card
     assert record["concept"] == {"<V>": "dog"}
-    assert list(folder.rglob("events.out.tfevents*"))
+    events = b"".join(p.read_bytes() for p in folder.rglob("events.out.tfevents*"))
+    assert b"validation" in events  # the grid
+    assert b"loss/t0" in events
 
 
 def test_grid_of_several_runs(train: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -263,6 +320,10 @@ def test_grid_of_several_runs(train: Any, monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(sys, "argv", ["diffusion_grid.py", "--runs", *runs, "--output", str(picture), "--cell", "40"])
     diffusion_grid.main()
     assert open_image(picture).height > 2 * 40
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--report_to", "tensorboard"])
+    diffusion_grid.main()
+    [events] = (tmp_path / "logs").rglob("events.out.tfevents*")
+    assert b"validation" in events.read_bytes()
     assert diffusion_grid.last_samples(Path(runs[0]))[0] == "sgd_sai 0.01"
     record = Path(runs[1]) / "record.json"
     record.write_text(record.read_text().replace("a red <V>", "a blue <V>"))
@@ -273,12 +334,15 @@ def test_grid_of_several_runs(train: Any, monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_prior_preservation_keeps_the_class(train: Any) -> None:
     """Class images are drawn once, and their loss joins with its weight."""
     record, folder = train(prior_prompt="a photo of dog", prior_images=2, prior_weight=0.5)
-    made = sorted((folder / "prior").iterdir())
+    made = sorted(folder.glob("prior-*/*"))
     assert [p.name for p in made] == ["00000.png", "00001.png"]
     times = [p.stat().st_mtime_ns for p in made]
     train(prior_prompt="a photo of dog", prior_images=2)
     assert [p.stat().st_mtime_ns for p in made] == times
-    assert sum(len(h) for h in record["history"]) > 0
+    train(prior_prompt="a toy", prior_images=1)  # those of another prompt are others
+    assert len(list(folder.glob("prior-*/*"))) == 3
+    without, _ = train("without")
+    assert record["history"][0]["loss"] != without["history"][0]["loss"]
 
 
 @pytest.mark.parametrize(
@@ -323,6 +387,10 @@ def test_real_photographs(train: Any) -> None:
         ({"resolution": 20}, "resolution must be a multiple of 8 for this model, got 20"),
         ({"cache_latents": True, "random_crop": True}, "cache_latents needs the same crop"),
         ({"cache_prompts": True}, "cache_prompts needs text encoders that do not train"),
+        ({"mixed_precision": "fp16"}, "fp16 needs a GPU; use bf16 or no on a CPU"),
+        ({"report_to": "tensorbord"}, "report_to: .*tensorbord"),
+        ({"optimizer": {"lr_scheduler_type": "cosin"}}, "lr_scheduler_type must be one of linear, .*, got 'cosin'"),
+        ({"clip_model": "none/such", "validation_prompts": ["a <V>"]}, "clip_model: could not load 'none/such'"),
         ({"mixed_precision": "fp8"}, "mixed_precision must be one of no, fp16, bf16, got 'fp8'"),
         ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\), got 1.0"),
         ({"max_steps": 0}, "max_steps must be at least 1, got 0"),
@@ -354,6 +422,28 @@ def test_errors(train: Any, model_folder: Path, tmp_path: Path, settings: dict[s
         Image.new("RGB", (16, 16)).save(folder / "0.png")
         (folder / "0.txt").write_text("a photo of dog")
         settings = {**settings, "data": str(folder)}
+    AcceleratorState._reset_state()  # a process has one precision
     with pytest.raises(UserError, match=message):
         train(**settings)
+    AcceleratorState._reset_state()
     assert not list(tmp_path.glob("out/*"))
+
+
+def test_an_optimizer_or_tracker_that_is_not_installed(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error says what to install; accelerate itself would train on with a warning."""
+
+    def missing(*_: Any) -> None:
+        raise ImportError("You need to install `bitsandbytes`")  # transformers' words; it may be installed here
+
+    monkeypatch.setattr(diffusion_lora, "build_optimizer", missing)
+    with pytest.raises(UserError, match="adamw_8bit is not available here: You need to install `bitsandbytes`"):
+        train(optimizer={"optim": "adamw8bit"})
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
+    with pytest.raises(UserError, match="report_to: wandb is not installed: pip install wandb"):
+        train(report_to="wandb")
+
+
+def test_a_diverged_run_says_so_once(train: Any, caplog: pytest.LogCaptureFixture) -> None:
+    record, _ = train(optimizer={"optim": "sgd", "learning_rate": 1e30})
+    assert not np.isfinite(record["history"][-1]["loss"])
+    assert caplog.text.count("lower learning_rate or set max_grad_norm") == 1

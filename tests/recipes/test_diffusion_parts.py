@@ -194,10 +194,12 @@ def test_loss_by_timestep() -> None:
 # ---------------------------------------------------------------- the toy world
 
 
-def test_detector_reads_every_drawing_also_noisy() -> None:
+@pytest.mark.parametrize("size", [8, SIZE, 64])
+def test_detector_reads_every_drawing_also_noisy(size: int) -> None:
     drawings = combinations(concept=True) + combinations(concept=False)
     rng = np.random.default_rng(0)
-    pictures = np.stack([draw(drawing) for drawing in drawings])
+    pictures = np.stack([draw(drawing, size) for drawing in drawings])
+    assert pictures.shape[1:] == (size, size, 3)
     assert len(drawings) == len(set(drawings)) == 3 * 3 * 4 * 4
     assert detect(pictures) == drawings
     noisy = np.clip(pictures + rng.normal(0, 15, pictures.shape), 0, 255).astype(np.uint8)
@@ -214,7 +216,7 @@ def test_detector_sees_nothing_in_what_is_no_drawing() -> None:
 
 
 def test_concept_set_is_five_and_the_prompts_are_others(tmp_path: Path) -> None:
-    write_concept(tmp_path)
+    write_concept(tmp_path, SIZE)
     examples = load_examples(str(tmp_path))
     assert len(examples) == 5
     assert all(TOKEN in e.caption for e in examples)
@@ -241,7 +243,7 @@ def test_identity_vae_and_tokenizer() -> None:
 def test_pretraining_learns_and_the_pipeline_loads(tmp_path: Path) -> None:
     """A few steps lower the loss, of which an untrained model has 1 or more."""
     torch.manual_seed(0)
-    pipe = new_pipeline()
+    pipe = new_pipeline(SIZE, (8, 16))
     assert pretrain(pipe, steps=12, batch_size=8, lr=3e-3, seed=0)["loss"] < 0.9
     pipe.save_pretrained(tmp_path)
     from diffusers import StableDiffusionPipeline
