@@ -365,7 +365,8 @@ def run(config: E2EArguments, args: RecipeArguments) -> dict[str, Any]:
             diverged=not math.isfinite(eval_loss),
             history=[log for log in trainer.state.log_history if "loss" in log or "eval_loss" in log],
         )
-        save(trainer, tokenizer, record, config, folder, predictions_table(groups, outputs))
+        predictions = predictions_table(groups, outputs) if config.generate else None
+        save(trainer, tokenizer, record, config, folder, predictions)
     state.wait_for_everyone()
     return record
 
@@ -382,14 +383,19 @@ def resume_point(args: RecipeArguments) -> str | None:
 
 
 def save(
-    trainer: Trainer, tokenizer: Any, record: dict[str, Any], config: E2EArguments, folder: Path, predictions: str
+    trainer: Trainer,
+    tokenizer: Any,
+    record: dict[str, Any],
+    config: E2EArguments,
+    folder: Path,
+    predictions: str | None,
 ) -> None:
     """Adapter with its card, predictions, plots, and last of all the record."""
     adapter = folder / "adapter"
     trainer.accelerator.unwrap_model(trainer.model).save_pretrained(adapter)
     tokenizer.save_pretrained(adapter)
     write_text(adapter / "README.md", str(model_card(record, config)))
-    if config.generate:
+    if predictions is not None:
         write_text(folder / "predictions.tsv", predictions)
     save_plots(trainer, folder)
     for path in filter(None, (folder / "record.json", config.record)):

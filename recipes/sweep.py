@@ -198,7 +198,11 @@ def perform(recipe: str, base: str, run: Run) -> str | None:
     try:
         module, function, _ = RECIPES[recipe]
         train = getattr(importlib.import_module(module), function)
-        with open(run.folder / "run.log", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        with (
+            open(run.folder / "run.log", "a", buffering=1) as log,
+            contextlib.redirect_stdout(log),
+            contextlib.redirect_stderr(log),
+        ):
             try:
                 train(run.words(base))
             except Exception:

@@ -143,6 +143,18 @@ def test_scores_are_those_of_the_predictions_file(folders: tuple[Path, Path], tm
     }
 
 
+def test_without_generation_a_run_only_trains_and_validates(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """The loss is that of the run with texts; unknown scores do not matter where none is taken."""
+    config, args = settings(folders, tmp_path / "a", max_test_mrs=2)
+    whole = run(config, args)
+    config, args = settings(folders, tmp_path / "b", generate=False, metrics=["nothing"])
+    record = run(config, args)
+    assert record["eval_loss"] == whole["eval_loss"]
+    assert (record["scores"], record["test_mrs"], record["diverged"]) == ({}, 0, False)
+    assert (tmp_path / "b" / "adapter" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "b" / "predictions.tsv").exists()
+
+
 def test_card_names_optimizer_rate_and_scores(folders: tuple[Path, Path], tmp_path: Path) -> None:
     config, args = settings(folders, tmp_path, optim="prodigy", learning_rate=0.5)
     record = run(config, args)
