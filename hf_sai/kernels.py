@@ -25,7 +25,7 @@ _FOREACH_BYTES = 1 << 27
 # Elements that the per-tensor path takes through both of its passes at once on a CPU: p, g and m of a piece stay in the
 # cache between them, so that memory is read and written once, and the pieces are few enough for their launches not to
 # count.
-_CPU_PIECE = 1 << 20
+_CPU_PIECE = 1 << 21
 # What torch.optim.SGD(fused=True) calls, on a CPU since torch 2.4; the name is private, so it may go.
 _torch_fused_sgd = getattr(torch, "_fused_sgd_", None)
 
@@ -327,10 +327,13 @@ def _pieces(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None, int]]:
     """The block in pieces and where each begins, so that its float32 copy is never larger than one of them."""
     tensors = [p, g] if m is None else [p, g, m]
-    if len({x.stride() for x in tensors}) > 1 or any(dense_view(x).data_ptr() != x.data_ptr() for x in tensors):
+    if all(x.is_contiguous() for x in tensors):
+        views = [x.view(-1) for x in tensors]
+    elif len({x.stride() for x in tensors}) > 1 or any(dense_view(x).data_ptr() != x.data_ptr() for x in tensors):
         yield p, g, m, 0
         return
-    views = [dense_view(x) for x in tensors]
+    else:
+        views = [dense_view(x) for x in tensors]
     start = 0
     for piece in zip(*(torch.split(x, size) if size else chunks(x) for x in views), strict=True):
         yield piece[0], piece[1], piece[2] if m is not None else None, start
