@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
 from transformers.training_args import OptimizerNames
 
 from hf_sai.checkpoints import TRAINER_STATE, last_whole_checkpoint
@@ -113,6 +113,33 @@ class SaITrainer(Trainer):
                         "from its weights alone load them with from_pretrained and leave resume_from_checkpoint out"
                     )
         return super().train(resume_from_checkpoint, *rest, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """As ``Trainer``'s, with every weight accounted for.
+
+        transformers 5 saves some models (ViT) under their old names and looks for the new ones on resuming; it then
+        only logs that weights are missing, and trains on from fresh ones. ``from_pretrained`` knows both names.
+
+        Raises:
+            ValueError: weights are missing and the model has no ``from_pretrained``.
+        """
+        self._missing_weights: list[str] = []
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        model = self.model if model is None else model
+        if not self._missing_weights:
+            return
+        if self.is_fsdp_enabled or not isinstance(model, PreTrainedModel):
+            raise ValueError(
+                f"checkpoint {str(resume_from_checkpoint)!r} lacks weights of this model: "
+                f"{', '.join(self._missing_weights[:3])}; resume with the model that was saved"
+            )
+        model.load_state_dict(type(model).from_pretrained(resume_from_checkpoint).state_dict())
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        if hasattr(self.model, "_keys_to_ignore_on_save"):  # else the Trainer's own stops with an AttributeError
+            super()._issue_warnings_after_load(load_result)
+        left_out = getattr(self.model, "_keys_to_ignore_on_save", None) or ()
+        self._missing_weights = [key for key in load_result.missing_keys if key not in left_out]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")

@@ -193,3 +193,46 @@ def test_checkpoints_move_between_ways(token_dataset: list[Any], make_gpt2: Call
     named = Trainer(model, args, train_dataset=token_dataset, optimizers=create_sgd_sai(model, args, STEPS))
     named.train(resume_from_checkpoint=checkpoint)
     check_same_end(whole.model, named.model, make_gpt2())
+
+
+def test_resume_of_a_model_that_is_saved_under_other_names(tmp_path: Path) -> None:
+    """A ViT: transformers 5 writes the old names of its layers and looks for the new ones when it resumes."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    def build() -> Any:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+        return ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_labels=3, **sizes))
+
+    generator = torch.Generator().manual_seed(1)
+    data = [{"pixel_values": torch.randn(3, 8, 8, generator=generator), "labels": i % 3} for i in range(24)]
+    common = {"learning_rate": 1e-2, "max_steps": 4, "per_device_train_batch_size": 4, **QUIET}
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    trainers = []
+    for folder in (None, tmp_path / "a" / "checkpoint-2"):
+        output = tmp_path / ("a" if folder is None else "b")
+        trainer = SaITrainer(build(), SaITrainingArguments(str(output), **{**common, **saving}), train_dataset=data)
+        trainer.train(resume_from_checkpoint=None if folder is None else str(folder))
+        trainers.append(trainer)
+    for (name, p), q in zip(trainers[0].model.named_parameters(), trainers[1].model.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def test_resume_refuses_a_checkpoint_of_another_model(tmp_path: Path) -> None:
+    def train(layers: int, output: Path, **options: Any) -> None:
+        model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(layers)))
+
+        class Net(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layers = model
+
+            def forward(self, x: Tensor) -> dict[str, Tensor]:
+                return {"loss": self.layers(x).square().mean()}
+
+        args = SaITrainingArguments(str(output), max_steps=2, save_steps=1, **{**QUIET, "save_strategy": "steps"})
+        SaITrainer(Net(), args, train_dataset=[{"x": torch.ones(2)}] * 8).train(**options)
+
+    train(1, tmp_path / "a")
+    with pytest.raises(ValueError, match=r"lacks weights of this model: layers\.1\.\w+"):
+        train(2, tmp_path / "b", resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
