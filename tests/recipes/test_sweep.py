@@ -9,7 +9,13 @@ import pytest
 import yaml
 
 from recipes import sweep as engine
-from recipes.common import UserError, write_json
+from recipes.classifier import ClassifierArguments
+from recipes.common import UserError, parse_config, write_json
+from recipes.gpt2_lora_e2e import E2EArguments
+from recipes.gpt2_pretrain import read_config
+from recipes.image_data import ImageArguments
+from recipes.image_models import ImageModelArguments
+from recipes.optimizers import RecipeArguments
 from recipes.sweep import Sweep, best_points, do, finals, planned, report, row_of
 from recipes.sweep_report import curves, larger_is_better, pareto, pareto_front
 
@@ -185,6 +191,29 @@ def test_heat_map_and_pareto_figures_are_drawn(tmp_path, made):
 def test_sweep_file_is_checked(tmp_path, change, message):
     with pytest.raises(UserError, match=message):
         read(tmp_path, **change)
+
+
+CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
+SWEEPS = [path for path in sorted(CONFIGS.glob("*.yaml")) if "\nruns:" in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_every_shipped_sweep_plans_runs_that_its_recipe_takes(path: Path, tmp_path: Path, monkeypatch):
+    """Each run's options, of the grid and of the runs at length, pass the recipe's own checks."""
+    monkeypatch.chdir(CONFIGS.parents[1])
+    sweep = Sweep.read(path)
+    assert path.stem in sweep.results
+    runs = planned(sweep)
+    rows = [{"run": r.name, "point": r.point, "seed": r.seed, "value": 1.0} for r in runs]
+    for run in [*runs, *finals(sweep, rows)]:
+        run.folder = tmp_path / run.folder.name
+        words = run.words(sweep.base)
+        if sweep.recipe == "gpt2_pretrain":
+            read_config(words)
+        elif sweep.recipe == "gpt2_lora_e2e":
+            parse_config([E2EArguments, RecipeArguments], words)
+        else:
+            parse_config([ImageArguments, ImageModelArguments, ClassifierArguments], words)
 
 
 def test_two_real_runs_in_a_process_of_their_own(tmp_path):
