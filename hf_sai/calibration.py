@@ -40,7 +40,7 @@ class Plan(NamedTuple):
     """Which blocks of a group are updated in this step; those that wait for a usable gradient are in neither list.
 
     Attributes:
-        first: their gradient is the first usable one and becomes their momentum.
+        first: their gradient is the first usable one, with which their momentum begins.
         later: all others.
         scales: the scales of ``later``.
     """

@@ -11,6 +11,7 @@ from hf_sai.gsnr import to_local
 from hf_sai.momentum import scale_count
 
 SCALINGS = ("raw", "max", "adamw")
+MOMENTUM_INITS = ("gradient", "zero")
 STATE = ("momentum_buffer", "momentum_scale", "gsnr", "scale", "rounding_step")
 MOMENTUM_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
@@ -33,6 +34,9 @@ def check_group(group: Mapping[str, Any]) -> None:
     _check_number("weight_decay", group["weight_decay"], low=0.0)
     if group["scaling"] not in SCALINGS:
         raise ValueError(f"scaling must be one of {', '.join(map(repr, SCALINGS))}, got {group['scaling']!r}")
+    if group["momentum_init"] not in MOMENTUM_INITS:
+        valid = ", ".join(map(repr, MOMENTUM_INITS))
+        raise ValueError(f"momentum_init must be one of {valid}, got {group['momentum_init']!r}")
     for name in ("maximize", "stochastic_rounding"):
         if not isinstance(group[name], bool):
             raise ValueError(f"{name} must be True or False, got {group[name]!r}")

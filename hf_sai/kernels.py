@@ -70,12 +70,12 @@ def update_single_tensor(
         for p_, g_, m_, start in _pieces(p, g, m):
             codes = None if m_ is None or b.momentum_scale is None else (m_.view(-1), _scales_of(b, m_, start))
             p32, g32 = p_.to(wide), g_.to(wide)
-            m32 = None if m_ is None else decode(*codes).view(m_.shape) if codes else m_.to(wide)
+            m32 = None if m_ is None else (decode(*codes).view(m_.shape) if codes else m_).to(wide)
             _update_piece(p32, g32, m32, decay, step, momentum, maximize)
             bits = None if key is None else random_bits(key, start, p_.numel()).view(p_.shape)
             _store(p_, p32, bits if stochastic_rounding else None)
             if codes and m32 is not None and bits is not None:
-                encode(m32.reshape(-1), *codes, bits.view(-1))
+                encode(m32.reshape(-1).float(), *codes, bits.view(-1))
             elif m_ is not None and m32 is not None:
                 # The other half of the bits: the two roundings of an element must not go the same way.
                 _store(m_, m32, bits >> 16 if stochastic_rounding and bits is not None else None)

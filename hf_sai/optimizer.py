@@ -52,6 +52,9 @@ class SGDSaI(Optimizer):
         momentum_dtype: ``"float32"``, ``"bfloat16"`` or ``"int8"``, by default each parameter's own dtype. int8 has one
             float32 scale for every 128 elements and is rounded stochastically (see :mod:`hf_sai.momentum`).
         stochastic_rounding: round whatever is stored in bfloat16 stochastically, without bias.
+        momentum_init: ``"gradient"``: m begins as the first usable gradient, as in the paper, which therefore weighs as
+            much as the next 1 / (1 - momentum) gradients together; ``"zero"`` (ours): m begins at zero, so that the
+            first update is (1 - momentum) times as large and updates grow over that many steps.
 
     State of a parameter: ``momentum_buffer`` (absent when momentum is 0), ``gsnr`` and ``scale`` (0-dim float32
     tensors, 0 until the block is calibrated); with int8 momentum ``momentum_scale`` (one dimension, float32); where
@@ -88,6 +91,7 @@ class SGDSaI(Optimizer):
         fused: bool | None = None,
         momentum_dtype: torch.dtype | str | None = None,
         stochastic_rounding: bool = False,
+        momentum_init: str = "gradient",
     ) -> None:
         defaults = {
             "lr": lr,
@@ -100,6 +104,7 @@ class SGDSaI(Optimizer):
             "fused": fused,
             "momentum_dtype": momentum_dtype,
             "stochastic_rounding": stochastic_rounding,
+            "momentum_init": momentum_init,
         }
         check_group(defaults)
         self._given = Given()
@@ -319,7 +324,7 @@ class SGDSaI(Optimizer):
         Args:
             known: the scales, where they have been asked for already.
             lr: instead of the group's.
-            first: the momentum becomes the gradient.
+            first: of these blocks it is the first usable gradient, with which the momentum begins.
             scaled: whether the gradients are still multiplied by ``grad_scale``.
         """
         if not taking:
@@ -346,7 +351,7 @@ class SGDSaI(Optimizer):
             grad_scale=getattr(self, "grad_scale", None) if scaled else None,
             found_inf=found_inf,
             lr=group["lr"] if lr is None else lr,
-            momentum=0.0 if first else group["momentum"],
+            momentum=0.0 if first and group["momentum_init"] == "gradient" else group["momentum"],
             weight_decay=group["weight_decay"],
             maximize=group["maximize"],
             stochastic_rounding=group["stochastic_rounding"],

@@ -4,7 +4,7 @@ The gradients of a whole model then never exist together: full fine-tuning needs
 gradient and the activations. The optimizer stays one object, so that learning-rate schedulers, ``state_dict`` and
 ``gsnr_table`` work as always; ``step`` ends the step, which is when scales are set.
 
-A block's first usable gradient only calibrates it: its momentum becomes that gradient, its parameter does not change.
+A block's first usable gradient only calibrates it: its momentum begins with it, its parameter does not change.
 All blocks are measured before any moves, as ``scaling="max"`` and ``"adamw"`` need. The training is the ordinary one
 with a learning rate of 0 in the first step.
 
@@ -113,7 +113,7 @@ class GradientRelease:
         (statistics,) = measure([taking.param], [taking.grad], [taking.group["eps"]], fused_moments)
         self._measured.append((taking._replace(grad=None), statistics))
         if statistics.kind in ("usable", "constant"):
-            # The momentum becomes the gradient; with a learning rate of 0 the parameter stays what it is.
+            # The momentum begins with the gradient; with a learning rate of 0 the parameter stays what it is.
             self._optimizer.update(taking.group, [taking], lr=0.0, first=True)
 
 

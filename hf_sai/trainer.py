@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments, get_schedu
 from transformers.training_args import OptimizerNames
 
 from hf_sai.checkpoints import TRAINER_STATE, last_whole_checkpoint
-from hf_sai.checks import MOMENTUM_DTYPES, SCALINGS, check_group
+from hf_sai.checks import MOMENTUM_DTYPES, MOMENTUM_INITS, SCALINGS, check_group
 from hf_sai.optimizer import SGDSaI
 
 OPTIM_NAME = "sgd_sai"
@@ -334,6 +334,7 @@ _CASTS: dict[str, Callable[[str, str], Any]] = {
     "fused": _one_of({**_BOOL, "none": None}),
     "momentum_dtype": _one_of({**MOMENTUM_DTYPES, "none": None}),
     "stochastic_rounding": _one_of(_BOOL),
+    "momentum_init": _one_of({name: name for name in MOMENTUM_INITS}),
     "release_gradients": _one_of(_BOOL),
 }
 # Param groups take these two from the training arguments: a second value here would be lost without a word.

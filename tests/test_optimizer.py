@@ -82,6 +82,44 @@ def test_late_gradients_and_late_groups() -> None:
     assert optimizer.state[a]["scale"].item() == 1.0
 
 
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("momentum_dtype", [None, "int8"])
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_momentum_that_begins_at_zero(scaling: str, momentum_dtype: str | None, foreach: bool) -> None:
+    """m_t = sum of (1-mu) mu^(t-k) g_k, with the scale that a momentum begun with the gradient has too."""
+    generator = torch.Generator().manual_seed(3)
+    gradients = [torch.randn(300, generator=generator, dtype=torch.float64) for _ in range(4)]
+    options = {"lr": 0.1, "weight_decay": 0.1, "scaling": scaling, "foreach": foreach}
+    start = torch.randn(300, generator=generator, dtype=torch.float64)
+    p, q = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    zero = SGDSaI([p], **options, momentum_init="zero", momentum_dtype=momentum_dtype)
+    paper = SGDSaI([q], **options)
+    expected, m = start.clone(), torch.zeros_like(start)
+    for g in gradients:
+        step(zero, g)
+        step(paper, g)
+        scale = zero.state[p]["scale"].item()
+        m = 0.9 * m + 0.1 * g
+        expected = (1 - 0.1 * 0.1) * expected - 0.1 * scale * m
+    assert scale == paper.state[q]["scale"].item()
+    # int8 keeps m to 1/127 of the largest of 128 elements, each time it is written
+    tolerance = 1e-12 if momentum_dtype is None else 4 * 0.1 * scale * m.abs().max().item() / 127
+    torch.testing.assert_close(p.detach(), expected, rtol=0, atol=tolerance)
+    assert (p - q).abs().max() > 10 * tolerance
+
+
+def test_a_state_dict_from_before_momentum_init_loads() -> None:
+    p, q = block(4), block(4)
+    optimizer = SGDSaI([p])
+    step(optimizer, torch.randn(4))
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["param_groups"][0]["momentum_init"]
+    other = SGDSaI([q], momentum_init="zero")
+    other.load_state_dict(saved)
+    assert other.param_groups[0]["momentum_init"] == "zero"  # what the optimizer was made with
+    step(other, torch.randn(4))
+
+
 def test_each_step_of_calibration_has_its_own_adamw_factor() -> None:
     a, b = block(6), block(4)
     optimizer = SGDSaI([a, b], lr=0.1, weight_decay=0.0, scaling="adamw")
@@ -500,6 +538,7 @@ def test_copies_go_on_alike(copied: Any) -> None:
         ({"eps": math.inf}, r"eps must be a finite number >= 0, got inf"),
         ({"weight_decay": -1}, r"weight_decay must be .*, got -1\.0"),
         ({"scaling": "adam"}, r"scaling must be one of 'raw', 'max', 'adamw', got 'adam'"),
+        ({"momentum_init": "ema"}, r"momentum_init must be one of 'gradient', 'zero', got 'ema'"),
         ({"maximize": 1}, r"maximize must be True or False, got 1"),
         ({"foreach": "yes"}, r"foreach must be True, False or None"),
         ({"foreach": True, "fused": True}, r"foreach and fused cannot both be True"),

@@ -29,10 +29,12 @@ def make(**options: Any) -> tuple[nn.Module, SGDSaI]:
     return model, SGDSaI(model.named_parameters(), lr=0.02, **options)
 
 
-@pytest.mark.parametrize("momentum_dtype", [None, "int8"])
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum_dtype": "int8"}, {"momentum_init": "zero"}], ids=["float32", "int8", "zero"]
+)
 @pytest.mark.parametrize("scaling", SCALINGS)
-def test_equals_the_ordinary_step_whose_first_lr_is_zero(scaling: str, momentum_dtype: str | None) -> None:
-    (released, one), (plain, other) = (make(scaling=scaling, momentum_dtype=momentum_dtype) for _ in range(2))
+def test_equals_the_ordinary_step_whose_first_lr_is_zero(scaling: str, options: dict[str, Any]) -> None:
+    (released, one), (plain, other) = (make(scaling=scaling, **options) for _ in range(2))
     start = copy.deepcopy(released)
     one.release_gradients(released)
     schedules = [torch.optim.lr_scheduler.StepLR(o, 3, gamma=0.5) for o in (one, other)]

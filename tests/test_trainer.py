@@ -149,6 +149,7 @@ def test_optim_args_cover_the_optimizers_hyperparameters() -> None:
         ("foreach=none,fused=false", {"foreach": None, "fused": False}),
         ("stochastic_rounding=FALSE", {"stochastic_rounding": False}),
         ("momentum_dtype=none", {"momentum_dtype": None}),
+        ("momentum_init=Zero", {"momentum_init": "zero"}),
     ],
 )
 def test_optim_args_are_cast(text: str | None, parsed: dict[str, Any]) -> None:
