@@ -157,9 +157,11 @@ def speed_cuda() -> str:
 # What the learning-rate study calls each job: the sweep's file and a few words.
 _JOBS = {
     "lr_text": "from scratch, clipped",
+    "lr_text_zero": "from scratch, clipped",
     "lr_text_noclip": "from scratch, not clipped",
     "lr_text_wide": "from scratch, twice as wide",
     "lr_lora": "LoRA, clipped",
+    "lr_lora_zero": "LoRA, clipped",
     "lr_lora_noclip": "LoRA, not clipped",
 }
 _OF_BEST = 0.05  # nats: a learning rate whose loss is this close to the best one will do
@@ -196,7 +198,11 @@ def pretraining() -> str:
         long = "not run" if final is None else "div." if final["value"] is None else f"{final['value']:.3f}"
         size = next(r["optimizer_state_bytes"] for r in content["runs"] if r["run"] == run)
         rows.append([run, f"{best['point']['learning_rate']:g}", tried, long, f"{size / 2**20:.1f}"])
-    return markdown(["", "best lr", "loss at 1 M tokens by lr", "at 5 M tokens", "state MiB"], rows)
+    table = markdown(["", "best lr", "loss at 1 M tokens by lr", "at 5 M tokens", "state MiB"], rows)
+    return (
+        f"{table}\n\n{len(content['runs'])} of the {content['planned']} runs of the sweep so far, one seed; "
+        f"{content['machine']['cpu']}, torch {content['versions']['torch']}."
+    )
 
 
 def gsnr() -> str:
