@@ -51,7 +51,7 @@ from recipes.pretrain_data import (
     tokenize_corpus,
     train_tokenizer,
 )
-from recipes.pretrain_report import build_record, draw_curves, draw_gsnr
+from recipes.pretrain_report import build_record, diverged, draw_curves, draw_gsnr
 from recipes.pretrain_text import Corpus
 
 logger = logging.getLogger(__name__)
@@ -127,6 +127,9 @@ class PretrainArguments(RecipeArguments):
         default=None, metadata={"help": "Measure every block's g-SNR each so many steps: gsnr.json and figures of it."}
     )
     logging_nan_inf_filter: bool = False
+    max_loss: float = field(
+        default=math.inf, metadata={"help": "A logged loss above it, or a loss of NaN, ends the run as diverged."}
+    )
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "`auto` (the last of output_dir, if any) or a checkpoint's folder."}
     )
@@ -139,6 +142,8 @@ class PretrainArguments(RecipeArguments):
             raise UserError(f"max_tokens must be at least 1, or left out, got {self.max_tokens}")
         if self.gsnr_every is not None and self.gsnr_every < 1:
             raise UserError(f"gsnr_every must be at least 1, or left out, got {self.gsnr_every}")
+        if not self.max_loss > 0:
+            raise UserError(f"max_loss must be above 0, or left out, got {self.max_loss}")
 
 
 def config_words(config: str | Path | Mapping[str, Any] | Sequence[str]) -> list[str]:
@@ -269,7 +274,7 @@ class Clock(TrainerCallback):
 
 
 class PretrainTrainer(Trainer):
-    """Trainer whose log lines also hold tokens, seconds of training and perplexity, and that stops at a loss of NaN."""
+    """Trainer whose log lines also hold tokens, seconds of training and perplexity, and that stops when it diverges."""
 
     def __init__(self, *args: Any, block_size: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -320,7 +325,7 @@ class PretrainTrainer(Trainer):
         for key, loss in losses.items():
             logs[key.replace("loss", "perplexity")] = math.exp(min(loss, 700.0))
         super().log(logs, *args, **kwargs)
-        if not all(math.isfinite(loss) for loss in losses.values()):
+        if any(diverged(loss, self.args.max_loss) for loss in losses.values()):
             logger.error("the loss is %s at step %d: stopping", losses, self.state.global_step)
             self.control.should_training_stop = True
 

@@ -70,6 +70,11 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
+def diverged(loss: float, limit: float = math.inf) -> bool:
+    """Whether a loss is not a number, infinite or above `limit`."""
+    return not math.isfinite(loss) or loss > limit
+
+
 def build_record(trainer: Any, corpus: Any, options: Any, data: dict[str, Any]) -> dict[str, Any]:
     """The results of a finished run, for `record.json`.
 
@@ -119,7 +124,7 @@ def build_record(trainer: Any, corpus: Any, options: Any, data: dict[str, Any]) 
         tokens=trainer.state.global_step * trainer.tokens_per_step,
         train_seconds=round(max((row.get("train_seconds", 0.0) for row in history), default=0.0), 1),
         final=final,
-        diverged=any(not math.isfinite(row["loss"]) for row in train + validation),
+        diverged=any(diverged(row["loss"], args.max_loss) for row in train + validation),
         speed=speed,
         optimizer_state_bytes=optimizer_state_bytes(trainer.optimizer),
         peak_memory_bytes=peak_memory_bytes(args.device),

@@ -192,6 +192,12 @@ def test_diverged_run_stops_and_says_so(config):
     assert record["steps"] < 12
 
 
+def test_a_loss_above_max_loss_ends_the_run_as_diverged(config):
+    record = record_of(pretrain({**config, "max_loss": 0.1, "logging_steps": 2}))
+    assert (record["diverged"], record["steps"]) == (True, 2)
+    assert not record_of(pretrain({**config, "max_loss": 20.0, "output_dir": config["output_dir"] + "2"}))["diverged"]
+
+
 def test_a_run_without_a_finite_gradient_has_an_empty_record_of_g_snr(config, monkeypatch):
     build = gpt2_pretrain.build_model
 
