@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from hf_sai.checks import SCALINGS, block_name
+from hf_sai.checks import ADAMW_UNITS, SCALINGS, block_name
 from hf_sai.gsnr import BlockStatistics, Segment, measure, scales, to_local
 from hf_sai.kernels import fused_moments
 from hf_sai.zero import Given
@@ -168,7 +168,7 @@ class Calibration:
     def set_scales(self, measured: list[tuple[Taking, BlockStatistics]], states: States) -> None:
         """Calibrate blocks from the statistics of their first gradients, and warn of what is odd about them."""
         for t, s in measured:
-            if s.kind == "zero" and t.group["scaling"] == "adamw":
+            if s.kind == "zero" and t.group["scaling"] in ADAMW_UNITS:
                 wait(t.state, t.group)
         for scaling in SCALINGS:
             usable = [(t, s) for t, s in measured if t.group["scaling"] == scaling and s.kind in ("usable", "constant")]
@@ -194,7 +194,7 @@ class Calibration:
             if (state := states.get(p))
         ]
         values = scales(statistics, scaling, max(calibrated, default=0.0))
-        if scaling == "adamw":
+        if scaling in ADAMW_UNITS:
             waited = [-self._host_scales[id(b.param)][2] for b in blocks]
             values = [v * warmup_share(w, b.group) for v, w, b in zip(values, waited, blocks, strict=True)]
         gsnr_tensors, scale_tensors = [b.state["gsnr"] for b in blocks], [b.state["scale"] for b in blocks]

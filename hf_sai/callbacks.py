@@ -7,6 +7,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, PrinterCallback, ProgressCallback
 
+from hf_sai.checks import ADAMW_UNITS
 from hf_sai.monitor import DRIFT, NOW, Measured, build_record, measure_gradients, recalibrated, usable, write_json
 from hf_sai.optimizer import SGDSaI
 from hf_sai.table import GSNRRow, gsnr_table, unwrap_sgd_sai
@@ -25,7 +26,7 @@ class GSNRCallback(TrainerCallback):
       take it, accumulated over micro-batches and processes and clipped (which does not change g-SNR);
     - with ``every``, ``gsnr_drift/<parameter name>``: the scale that the block would get if all blocks were calibrated
       on that step's gradients, in units of the scale that it has. Left out without SGDSaI and before the block is
-      calibrated; and under ``scaling="adamw"`` with float16 and no clipping, where gradients are multiplied by a loss
+      calibrated; and under AdamW's units with float16 and no clipping, where gradients are multiplied by a loss
       scale that changes.
 
     With ``every`` the measurements are also written to ``file`` in ``output_dir`` when training ends, as
@@ -73,7 +74,7 @@ class GSNRCallback(TrainerCallback):
         values = {NOW + m.name: m.statistics.gsnr for m in usable(measured)}
         if self._has_scales:
             loss_scaled = args.fp16 and not args.max_grad_norm
-            now = recalibrated([m for m in measured if not (loss_scaled and m.scaling == "adamw")])
+            now = recalibrated([m for m in measured if not (loss_scaled and m.scaling in ADAMW_UNITS)])
             kept = {row.name: row.scale for row in gsnr_table(kwargs["optimizer"], kwargs["model"]) if row.calibrated}
             values |= {DRIFT + name: scale / kept[name] for name, scale in now.items() if name in kept}
         if values:

@@ -10,7 +10,8 @@ from torch import Tensor
 from hf_sai.gsnr import to_local
 from hf_sai.momentum import scale_count
 
-SCALINGS = ("raw", "max", "adamw")
+SCALINGS = ("raw", "max", "adamw", "floor")
+ADAMW_UNITS = ("adamw", "floor")  # of lr and weight_decay; the others speak the paper's
 MOMENTUM_INITS = ("gradient", "zero")
 STATE = ("momentum_buffer", "momentum_scale", "gsnr", "scale", "rounding_step")
 MOMENTUM_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}

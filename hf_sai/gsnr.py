@@ -22,6 +22,8 @@ _GPU_CHUNK = 1 << 24
 _CONSTANT = 8 * torch.finfo(torch.float32).eps
 # Mean squares outside this range have lost digits (or all of them) in float32.
 _SAFE_MEAN_SQUARE = (1e-30, 1e30)
+# As in Adam: a gradient below it is rounding noise (that of a key's bias in attention, say) and is not made up for.
+_ADAM_EPS = 1e-8
 
 
 class BlockStatistics(NamedTuple):
@@ -154,9 +156,10 @@ def scales(blocks: Sequence[BlockStatistics], scaling: str, largest_gsnr: float 
 
     Args:
         blocks: usable blocks.
-        scaling: ``"raw"`` (the g-SNR itself), ``"max"`` (divided by the largest g-SNR, line 14 of Algorithm 1) or
+        scaling: ``"raw"`` (the g-SNR itself), ``"max"`` (divided by the largest g-SNR, line 14 of Algorithm 1),
             ``"adamw"`` (times one constant, so that the first update of ``blocks`` has the root mean square that
-            AdamW's first update has, which is the learning rate).
+            AdamW's first update has, which is the learning rate) or ``"floor"`` (that, and at least what gives the
+            block's own first update this root mean square).
         largest_gsnr: for ``"max"``, the largest g-SNR of the blocks calibrated in earlier steps.
     """
     if scaling == "raw":
@@ -166,7 +169,10 @@ def scales(blocks: Sequence[BlockStatistics], scaling: str, largest_gsnr: float 
         return [min(1.0, b.gsnr / largest) for b in blocks]
     update_norm = math.hypot(*(b.gsnr * b.norm for b in blocks))
     factor = math.sqrt(sum(b.numel for b in blocks)) / update_norm
-    return [b.gsnr * factor for b in blocks]
+    shared = [b.gsnr * factor for b in blocks]
+    if scaling == "adamw":
+        return shared
+    return [max(s, 1.0 / (b.norm / math.sqrt(b.numel) + _ADAM_EPS)) for s, b in zip(shared, blocks, strict=True)]
 
 
 def dense_view(tensor: Tensor) -> Tensor:

@@ -32,7 +32,8 @@ class SGDSaI(Optimizer):
     Differences from Algorithm 1 of the paper (arXiv 2412.11768): ``eps`` is added to the standard deviation, not put
     under the root, as in the authors' own release; ``scaling="raw"`` does not divide by the largest g-SNR (line 14),
     also as in their release; a block is calibrated when it first has a usable gradient instead of at step 1, so that
-    LoRA's A (whose first gradient is zero) and late unfrozen blocks train. ``scaling="adamw"`` is ours.
+    LoRA's A (whose first gradient is zero) and late unfrozen blocks train. ``scaling="adamw"`` and ``"floor"`` are
+    ours.
 
     Args:
         params: parameters, named parameters or param groups of real floating-point tensors of any shape.
@@ -45,6 +46,8 @@ class SGDSaI(Optimizer):
             square that AdamW's first update has, lr, so that lr and weight_decay are in AdamW's units. A block whose
             gradient is zero until others have moved (LoRA's A) has a gradient in proportion to how far they moved:
             calibrated in a warm-up, its scale is multiplied by (sum of lr while it was zero) / (peak lr), at most 1.
+            ``"floor"``: as ``"adamw"``, but no block's scale is below 1 / (RMS of its first gradient + 1e-8), so that
+            none begins with an update smaller than lr (attention's queries and keys, norms and biases do otherwise).
         maximize: maximise instead of minimise.
         foreach: update many blocks in each launch; by default on CUDA where the fused path is not to be had.
         fused: one Triton launch for all blocks; by default on CUDA where Triton is installed. On a CPU, False keeps

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments, get_schedu
 from transformers.training_args import OptimizerNames
 
 from hf_sai.checkpoints import TRAINER_STATE, last_whole_checkpoint
-from hf_sai.checks import MOMENTUM_DTYPES, MOMENTUM_INITS, SCALINGS, check_group
+from hf_sai.checks import ADAMW_UNITS, MOMENTUM_DTYPES, MOMENTUM_INITS, SCALINGS, check_group
 from hf_sai.optimizer import SGDSaI
 
 OPTIM_NAME = "sgd_sai"
@@ -349,7 +349,7 @@ _DEFAULTS = {
 def _warn_if_nothing_will_train(args: TrainingArguments, scaling: str) -> None:
     """Warn of a learning rate left at its default, which is in AdamW's units, where the units are the paper's."""
     defaults = {5e-5, type(args).__dataclass_fields__["learning_rate"].default}
-    if scaling == "adamw" or args.learning_rate not in defaults:
+    if scaling in ADAMW_UNITS or args.learning_rate not in defaults:
         return
     remedy = {"raw": "1e-2 for full fine-tuning, 1e-3 to 3e-2 for LoRA", "max": "1.0"}[scaling]
     warnings.warn(

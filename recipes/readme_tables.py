@@ -158,10 +158,12 @@ def speed_cuda() -> str:
 _JOBS = {
     "lr_text": "from scratch, clipped",
     "lr_text_zero": "from scratch, clipped",
+    "lr_text_floor": "from scratch, clipped",
     "lr_text_noclip": "from scratch, not clipped",
     "lr_text_wide": "from scratch, twice as wide",
     "lr_lora": "LoRA, clipped",
     "lr_lora_zero": "LoRA, clipped",
+    "lr_lora_floor": "LoRA, clipped",
     "lr_lora_noclip": "LoRA, not clipped",
 }
 _OF_BEST = 0.05  # nats: a learning rate whose loss is this close to the best one will do
@@ -184,6 +186,24 @@ def rates() -> str:
             rate = f"{best['point']['learning_rate']:g}{edge}"
             rows.append([f"{job}: {run}", rate, f"{value:.3f}", width, f"{diverged} of {len(points)}"])
     return markdown(["", "best lr", "loss", f"within {_OF_BEST:g} of it", "diverged"], rows)
+
+
+def digits() -> str:
+    """The small ViT on scikit-learn's digits: every learning rate of each optimizer, clipped and not."""
+    content = result("digits_sweep")
+    rows = []
+    for run in content["best"]:
+        for clip, words in ((1.0, "clipped"), (0.0, "not clipped")):
+            points = sorted(
+                (r["point"]["learning_rate"], r["value"])
+                for r in content["runs"]
+                if r["run"] == run and r["point"]["max_grad_norm"] == clip
+            )
+            tried = [f"{rate:g}: {'div.' if v is None else f'{100 * v:.1f}'}" for rate, v in points]
+            best = max((v for _, v in points if v is not None), default=None)
+            rows.append([run, words, "div." if best is None else f"{100 * best:.1f}", ", ".join(tried) or "not run"])
+    table = markdown(["", "gradient norm", "best top-1, %", "top-1, %, by learning rate"], rows)
+    return f"{table}\n\n{content['machine']['cpu']}, torch {content['versions']['torch']}, one seed, 10 epochs."
 
 
 def pretraining() -> str:
@@ -248,6 +268,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "e2e": e2e,
     "diffusion": diffusion,
     "rates": rates,
+    "digits": digits,
     "gsnr": gsnr,
     "pretraining": pretraining,
     "speed": speed,

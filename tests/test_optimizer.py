@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from hf_sai import SGDSaI
 
-SCALINGS = ("raw", "max", "adamw")
+SCALINGS = ("raw", "max", "adamw", "floor")
 
 
 def block(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
@@ -118,6 +118,22 @@ def test_a_state_dict_from_before_momentum_init_loads() -> None:
     other.load_state_dict(saved)
     assert other.param_groups[0]["momentum_init"] == "zero"  # what the optimizer was made with
     step(other, torch.randn(4))
+
+
+def test_floor_raises_only_the_blocks_that_would_begin_below_lr() -> None:
+    def updates(scaling: str) -> list[float]:
+        blocks, gradients = [block(600), block(50), block(50)], []
+        for p, size in zip(blocks, (1.0, 1e-3, 1e-12), strict=True):
+            gradients.append(size * torch.randn(p.numel(), generator=torch.Generator().manual_seed(p.numel())))
+        before = [p.detach().clone() for p in blocks]
+        step(SGDSaI(blocks, lr=0.1, weight_decay=0.0, scaling=scaling), *gradients)
+        return [(p.detach() - q).square().mean().sqrt().item() for p, q in zip(blocks, before, strict=True)]
+
+    shared, raised = updates("adamw"), updates("floor")
+    assert shared[0] > 0.1 > 1e-3 > shared[1], "one factor for all leaves the second block behind"
+    assert raised[0] == pytest.approx(shared[0], rel=1e-6)
+    assert raised[1] == pytest.approx(0.1, rel=1e-3)
+    assert raised[2] < 1e-4, "rounding noise is not made up for"
 
 
 def test_each_step_of_calibration_has_its_own_adamw_factor() -> None:
@@ -537,7 +553,7 @@ def test_copies_go_on_alike(copied: Any) -> None:
         ({"momentum": -0.1}, r"momentum must be in \[0, 1\), got -0\.1"),
         ({"eps": math.inf}, r"eps must be a finite number >= 0, got inf"),
         ({"weight_decay": -1}, r"weight_decay must be .*, got -1\.0"),
-        ({"scaling": "adam"}, r"scaling must be one of 'raw', 'max', 'adamw', got 'adam'"),
+        ({"scaling": "adam"}, r"scaling must be one of 'raw', 'max', 'adamw', 'floor', got 'adam'"),
         ({"momentum_init": "ema"}, r"momentum_init must be one of 'gradient', 'zero', got 'ema'"),
         ({"maximize": 1}, r"maximize must be True or False, got 1"),
         ({"foreach": "yes"}, r"foreach must be True, False or None"),
