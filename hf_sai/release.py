@@ -5,7 +5,7 @@ gradient and the activations. The optimizer stays one object, so that learning-r
 ``gsnr_table`` work as always; ``step`` ends the step, which is when scales are set.
 
 A block's first usable gradient only calibrates it: its momentum begins with it, its parameter does not change.
-All blocks are measured before any moves, as ``scaling="max"`` and ``"adamw"`` need. The training is the ordinary one
+All blocks are measured before any moves, as every scaling but ``"raw"`` needs. The training is the ordinary one
 with a learning rate of 0 in the first step.
 
 What it excludes, because an update inside backward comes too early for it:

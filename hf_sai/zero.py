@@ -5,7 +5,7 @@ partition of all of them, ends of blocks and padding included. The g-SNR of that
 length, whatever the blocks are. Here each group's blocks are found again in its partition, by what DeepSpeed notes on
 the model's parameters (``_hp_mapping``, ``_dp_group``), so that each has its own g-SNR, reduced over the processes.
 
-ZeRO also steps one group after the other. Scales that depend on all groups ("max", "adamw") are known at the last one:
+ZeRO also steps one group after the other. Scales that depend on all groups (all but "raw") are known at the last one:
 blocks of earlier groups that have their first gradient wait for it.
 """
 

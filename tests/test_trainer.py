@@ -175,7 +175,7 @@ def test_optim_args_are_cast(text: str | None, parsed: dict[str, Any]) -> None:
         ("momentum=1.5", r"momentum must be in \[0, 1\), got 1.5"),
         ("momentum=nan", "momentum must be in"),
         ("eps=-1e-8", "eps must be"),
-        ("scaling=adam", r"scaling must be one of raw, max, adamw, got 'adam' \(did you mean adamw\?\)"),
+        ("scaling=adam", r"scaling must be one of raw, max, adamw, floor, got 'adam' \(did you mean adamw\?\)"),
         ("maximize=1", "maximize must be one of true, false, got '1'"),
         ("fused=maybe", "fused must be one of true, false, none, got 'maybe'"),
         ("momentum_dtype=bf16", r"momentum_dtype must be one of float32, bfloat16.*got 'bf16' \(did you mean"),
@@ -218,7 +218,7 @@ def test_paper_units_with_the_default_learning_rate_warn(
         sgd_sai_from_args(quiet(cls, **settings))
 
 
-@pytest.mark.parametrize("settings", [{}, {"learning_rate": 1e-2, "optim_args": "scaling=raw"}])
+@pytest.mark.parametrize("settings", [{}, {"optim_args": "scaling=floor"}, {"learning_rate": 1e-2, "optim_args": "scaling=raw"}])
 def test_sensible_units_do_not_warn(settings: dict[str, Any]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
