@@ -31,7 +31,7 @@ OPTIM_ARGS: dict[str, tuple[Any, str]] = {
     "NaN": ("momentum=nan", r"momentum must be in \[0, 1\), got nan"),
     "out of range": ("momentum=1", r"momentum must be in \[0, 1\), got 1\.0"),
     "infinite": ("eps=1e999", "eps must be a finite number >= 0, got inf"),
-    "unknown scaling": ("scaling=adam", r"must be one of raw, max, adamw, got 'adam' \(did you mean adamw\?\)"),
+    "unknown scaling": ("scaling=adam", r"must be one of raw, max, adamw, floor, got 'adam' \(did you mean adamw\?\)"),
     "unknown switch": ("foreach=maybe", "foreach must be one of true, false, none, got 'maybe'"),
     "unknown dtype": ("momentum_dtype=int3", "momentum_dtype must be one of .*, got 'int3'"),
     "code": ("momentum=__import__('os')", "momentum must be a number, got"),

@@ -32,7 +32,7 @@ HYPERPARAMETERS: dict[str, tuple[dict[str, Any], str]] = {
     "eps negative": ({"eps": -1e-8}, rf"^eps {_NUMBER}-1e-08$"),
     "eps infinite": ({"eps": INF}, rf"^eps {_NUMBER}inf$"),
     "weight_decay NaN": ({"weight_decay": NAN}, rf"^weight_decay {_NUMBER}nan$"),
-    "scaling in capitals": ({"scaling": "RAW"}, r"^scaling must be one of 'raw', 'max', 'adamw', got 'RAW'$"),
+    "scaling in capitals": ({"scaling": "RAW"}, r"^scaling must be one of 'raw', 'max', 'adamw', 'floor', got 'RAW'$"),
     "scaling None": ({"scaling": None}, r"^scaling must be one of .*, got None$"),
     "scaling a list": ({"scaling": ["raw"]}, r"^scaling must be one of .*, got \['raw'\]$"),
     "maximize a string": ({"maximize": "no"}, r"^maximize must be True or False, got 'no'$"),
@@ -145,7 +145,7 @@ STATE_DICTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "scale infinite": (first(scale=torch.tensor(INF)), "scale of a must be finite and >= 0, the state dict has inf"),
     "momentum 2": (group(momentum=2), r"momentum must be in \[0, 1\), got 2\.0"),
     "lr a word": (group(lr="fast"), f"lr {_NUMBER}'fast'"),
-    "scaling unknown": (group(scaling="mean"), "scaling must be one of 'raw', 'max', 'adamw', got 'mean'"),
+    "scaling unknown": (group(scaling="mean"), "scaling must be one of 'raw', 'max', 'adamw', 'floor', got 'mean'"),
     "names in another order": (group(param_names=["b", "a"]), "has 'b' where the optimizer has 'a': build .* order"),
     "a name too few": (group(param_names=["a"]), r"param_names .* must be a list of 2 names, got \['a'\]"),
 }
