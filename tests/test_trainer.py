@@ -218,7 +218,9 @@ def test_paper_units_with_the_default_learning_rate_warn(
         sgd_sai_from_args(quiet(cls, **settings))
 
 
-@pytest.mark.parametrize("settings", [{}, {"optim_args": "scaling=floor"}, {"learning_rate": 1e-2, "optim_args": "scaling=raw"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"optim_args": "scaling=floor"}, {"learning_rate": 1e-2, "optim_args": "scaling=raw"}]
+)
 def test_sensible_units_do_not_warn(settings: dict[str, Any]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
