@@ -258,6 +258,7 @@ def test_model_flops_are_what_torch_counts():
         ({"optim": "sgd_say"}, "did you mean 'sgd_sai'"),
         ({"init_scheme": "he"}, "init_scheme must be one of default, xavier, kaiming, orthogonal, got 'he'"),
         ({"gsnr_every": 0}, "gsnr_every must be at least 1, or left out, got 0"),
+        ({"max_loss": 0.0}, "max_loss must be above 0, or left out, got 0.0"),
         ({"model_size": "huge"}, "model_size must be one of tiny, 5m, small.*got 'huge'"),
         ({"tokenizer": "no/such-tokenizer"}, "tokenizer: 'no/such-tokenizer' is neither.*`train`"),
         ({"train_files": ["/no/such.txt"]}, "train_files: no file at '/no/such.txt'"),
