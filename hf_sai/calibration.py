@@ -138,7 +138,8 @@ class Calibration:
     def _calibrate(self, taking: list[Taking], states: States) -> list[str]:
         """Measure gradients and set the scales of those that are usable; returns the kind of each."""
         params, eps = [t.param for t in taking], [t.group["eps"] for t in taking]
-        statistics = measure(params, [t.grad for t in taking], eps, fused_moments)
+        active = [t.group["scaling"] == "floor" for t in taking]
+        statistics = measure(params, [t.grad for t in taking], eps, fused_moments, active)
         measured = list(zip(taking, statistics, strict=True))
         if isinstance(taking[0].param, Segment) and not self._given.is_last(taking[0].group):
             self._deferred += measured

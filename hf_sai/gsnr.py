@@ -36,6 +36,8 @@ class BlockStatistics(NamedTuple):
         gsnr: the g-SNR, 0.0 where the gradient is not usable.
         norm: the Euclidean norm of the gradient.
         std: its unbiased standard deviation, 0.0 for one element.
+        active_rms: sqrt(sum g^4 / (3 sum g^2)): the root mean square for normally distributed elements, and that of
+            the active part where most elements are nearly zero; NaN where it was not asked for.
     """
 
     kind: Literal["usable", "constant", "zero", "nonfinite"]
@@ -43,6 +45,7 @@ class BlockStatistics(NamedTuple):
     gsnr: float
     norm: float
     std: float
+    active_rms: float = math.nan
 
 
 class Segment:
@@ -96,8 +99,11 @@ def measure(
     grads: Sequence[Tensor | None],
     eps: Sequence[float],
     moments: Moments = lambda grads: {},
+    active: Sequence[bool] | None = None,
 ) -> list[BlockStatistics]:
     """The statistics of each gradient, two passes in float32, two host synchronisations for all of them together.
+
+    One more of each for the ``active_rms``.
 
     A gradient that is a sharded ``DTensor`` is reduced over every mesh dimension it is split on, one collective a pass
     and group of processes, however many blocks there are. Every process must therefore pass the same sharded
@@ -108,6 +114,7 @@ def measure(
         grads: their gradients, each with its block's shape and placements, or ``None``.
         eps: what is added to each standard deviation, in units of the gradient.
         moments: measures gradients in a faster way, as the fused path does; those that it leaves out are measured here.
+        active: of which gradients to measure the ``active_rms`` too, the same on every process; none by default.
 
     Returns:
         One :class:`BlockStatistics` a block, the same on every process.
@@ -148,7 +155,15 @@ def measure(
             again, sums(again, lambda i, g: _centred_squares(g, means[i], torch.float64), {}), strict=True
         ):
             centred[i] = squares
-    return [_statistics(n, t, c, e) for n, t, c, e in zip(numels, totals, centred, eps, strict=True)]
+    found = [_statistics(n, t, c, e) for n, t, c, e in zip(numels, totals, centred, eps, strict=True)]
+    # The fourth powers of a gradient do not fit in float32, those of its elements in units of their RMS do.
+    wanted = [i for i in everything if active and active[i] and found[i].kind in ("usable", "constant")]
+    rms = {i: found[i].norm / math.sqrt(numels[i]) for i in wanted}
+    if wanted:
+        fourth = sums(wanted, lambda i, g: _fourth_powers(g, rms[i]), {})
+        for i, powers in zip(wanted, fourth, strict=True):
+            found[i] = found[i]._replace(active_rms=rms[i] * math.sqrt(powers / numels[i] / 3.0))
+    return found
 
 
 def scales(blocks: Sequence[BlockStatistics], scaling: str, largest_gsnr: float = 0.0) -> list[float]:
@@ -159,7 +174,8 @@ def scales(blocks: Sequence[BlockStatistics], scaling: str, largest_gsnr: float 
         scaling: ``"raw"`` (the g-SNR itself), ``"max"`` (divided by the largest g-SNR, line 14 of Algorithm 1),
             ``"adamw"`` (times one constant, so that the first update of ``blocks`` has the root mean square that
             AdamW's first update has, which is the learning rate) or ``"floor"`` (that, and at least what gives the
-            block's own first update this root mean square).
+            first update of the block's own active part this root mean square; needs the ``active_rms``, and takes the
+            block's RMS where that is larger).
         largest_gsnr: for ``"max"``, the largest g-SNR of the blocks calibrated in earlier steps.
     """
     if scaling == "raw":
@@ -172,7 +188,8 @@ def scales(blocks: Sequence[BlockStatistics], scaling: str, largest_gsnr: float 
     shared = [b.gsnr * factor for b in blocks]
     if scaling == "adamw":
         return shared
-    return [max(s, 1.0 / (b.norm / math.sqrt(b.numel) + _ADAM_EPS)) for s, b in zip(shared, blocks, strict=True)]
+    rms = [max(b.active_rms, b.norm / math.sqrt(b.numel)) for b in blocks]
+    return [max(s, 1.0 / (r + _ADAM_EPS)) for s, r in zip(shared, rms, strict=True)]
 
 
 def dense_view(tensor: Tensor) -> Tensor:
@@ -202,6 +219,17 @@ def _centred_squares(grad: Tensor, mean: float, dtype: torch.dtype) -> list[Tens
     for chunk in chunks(grad):
         deviation = scratch[: chunk.numel()].copy_(chunk).sub_(mean)
         sums.append(deviation.square_().sum())
+    return sums
+
+
+def _fourth_powers(grad: Tensor, unit: float) -> list[Tensor]:
+    """The sums of ``(g / unit)^4`` over the chunks of ``grad``, with scratch space of one chunk."""
+    sums = []
+    low, high = _SAFE_MEAN_SQUARE
+    dtype = _accumulator(grad) if low < unit * unit < high else torch.float64
+    scratch = torch.empty(min(grad.numel(), _chunk_size(grad.device)), dtype=dtype, device=grad.device)
+    for chunk in chunks(grad):
+        sums.append(scratch[: chunk.numel()].copy_(chunk).div_(unit).square_().square_().sum())
     return sums
 
 

@@ -71,6 +71,7 @@ def measure_gradients(optimizer: Any, model: nn.Module) -> list[Measured]:
         [_gradient(p) for _, p, _ in blocks],
         [group["eps"] if own else 1e-8 for _, _, group in blocks],
         fused_moments,
+        [own and group["scaling"] == "floor" for _, _, group in blocks],
     )
     return [
         Measured(name, group["scaling"] if own else None, s)

@@ -46,8 +46,10 @@ class SGDSaI(Optimizer):
             square that AdamW's first update has, lr, so that lr and weight_decay are in AdamW's units. A block whose
             gradient is zero until others have moved (LoRA's A) has a gradient in proportion to how far they moved:
             calibrated in a warm-up, its scale is multiplied by (sum of lr while it was zero) / (peak lr), at most 1.
-            ``"floor"``: as ``"adamw"``, but no block's scale is below 1 / (RMS of its first gradient + 1e-8), so that
-            none begins with an update smaller than lr (attention's queries and keys, norms and biases do otherwise).
+            ``"floor"``: as ``"adamw"``, but no block's scale is below 1 / (r + 1e-8), where r is the larger of the RMS
+            of its first gradient g and sqrt(sum g^4 / (3 sum g^2)), the RMS of the part of g that is not nearly zero.
+            So that part begins with updates of at least lr in every block; with one constant for all, attention's
+            queries and keys, norms and biases begin with much smaller ones.
         maximize: maximise instead of minimise.
         foreach: update many blocks in each launch; by default on CUDA where the fused path is not to be had.
         fused: one Triton launch for all blocks; by default on CUDA where Triton is installed. On a CPU, False keeps

@@ -110,11 +110,13 @@ class GradientRelease:
         return release
 
     def _calibrate(self, taking: "Taking") -> None:
-        (statistics,) = measure([taking.param], [taking.grad], [taking.group["eps"]], fused_moments)
+        group = taking.group
+        active = [group["scaling"] == "floor"]
+        (statistics,) = measure([taking.param], [taking.grad], [group["eps"]], fused_moments, active)
         self._measured.append((taking._replace(grad=None), statistics))
         if statistics.kind in ("usable", "constant"):
             # The momentum begins with the gradient; with a learning rate of 0 the parameter stays what it is.
-            self._optimizer.update(taking.group, [taking], lr=0.0, first=True)
+            self._optimizer.update(group, [taking], lr=0.0, first=True)
 
 
 def _check_model(optimizer: "SGDSaI", model: nn.Module) -> None:

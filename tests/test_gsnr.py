@@ -130,8 +130,32 @@ def test_a_missing_gradient_is_no_gradient() -> None:
 def test_statistics_change_no_gradient() -> None:
     grad = torch.randn(1000)
     before = grad.clone()
-    one(grad)
+    measure([grad], [grad], [EPS], active=[True])
     assert torch.equal(grad, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("magnitude", [1e-44, 1e-30, 1e-6, 1.0, 1e22, 1e37])
+def test_active_rms_equals_float64(magnitude: float, dtype: torch.dtype) -> None:
+    grad = (magnitude * torch.cat([torch.randn(400_000), 1e-3 * torch.randn(800_000)]).double()).to(dtype)
+    found = measure([grad], [grad], [EPS], active=[True])[0]
+    if found.kind == "nonfinite" or found.kind == "zero":
+        assert not grad.isfinite().all() or not grad.any(), "float16 holds less"
+        assert math.isnan(found.active_rms)
+        return
+    wide = grad.double() / grad.double().abs().max()
+    wanted = (wide.pow(4).sum() / (3 * wide.square().sum())).sqrt() * grad.double().abs().max()
+    assert found.active_rms == pytest.approx(wanted.item(), rel=1e-5)
+    if magnitude == 1.0:
+        assert found.active_rms == pytest.approx(1.0, rel=0.02), "that of the third that is active"
+
+
+def test_active_rms_is_measured_where_it_is_asked_for() -> None:
+    grads = [torch.randn(50), None, torch.zeros(3), torch.full((4,), 2.0), torch.tensor([3.0])]
+    found = measure([torch.empty(50), torch.empty(2), *grads[2:]], grads, [EPS] * 5, active=[False] + [True] * 4)
+    assert [math.isnan(s.active_rms) for s in found] == [True, True, True, False, False]
+    assert found[3].active_rms == pytest.approx(2 / math.sqrt(3), rel=1e-6)
+    assert found[4].active_rms == pytest.approx(3 / math.sqrt(3), rel=1e-6)
 
 
 def test_raw_scales_are_the_gsnrs() -> None:

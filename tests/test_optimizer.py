@@ -120,11 +120,17 @@ def test_a_state_dict_from_before_momentum_init_loads() -> None:
     step(other, torch.randn(4))
 
 
+def active_rms(grad: Tensor) -> float:
+    wide = grad.double()
+    return (wide.pow(4).sum() / (3 * wide.square().sum())).sqrt().item()
+
+
 def test_floor_raises_only_the_blocks_that_would_begin_below_lr() -> None:
+    torch.manual_seed(0)
+    gradients = [torch.randn(600), 1e-3 * torch.randn(50), 1e-12 * torch.randn(50), torch.tensor([-1e-4])]
+
     def updates(scaling: str) -> list[float]:
-        blocks, gradients = [block(600), block(50), block(50)], []
-        for p, size in zip(blocks, (1.0, 1e-3, 1e-12), strict=True):
-            gradients.append(size * torch.randn(p.numel(), generator=torch.Generator().manual_seed(p.numel())))
+        blocks = [block(g.numel()) for g in gradients]
         before = [p.detach().clone() for p in blocks]
         step(SGDSaI(blocks, lr=0.1, weight_decay=0.0, scaling=scaling), *gradients)
         return [(p.detach() - q).square().mean().sqrt().item() for p, q in zip(blocks, before, strict=True)]
@@ -132,8 +138,22 @@ def test_floor_raises_only_the_blocks_that_would_begin_below_lr() -> None:
     shared, raised = updates("adamw"), updates("floor")
     assert shared[0] > 0.1 > 1e-3 > shared[1], "one factor for all leaves the second block behind"
     assert raised[0] == pytest.approx(shared[0], rel=1e-6)
-    assert raised[1] == pytest.approx(0.1, rel=1e-3)
+    rms = gradients[1].square().mean().sqrt().item()
+    assert raised[1] == pytest.approx(0.1 * min(1.0, rms / active_rms(gradients[1])), rel=1e-3)
     assert raised[2] < 1e-4, "rounding noise is not made up for"
+    assert raised[3] == pytest.approx(0.1, rel=1e-3), "to lr, not above"
+
+
+def test_floor_sees_the_part_of_a_block_that_has_gradients() -> None:
+    """In the fused weight of a fresh GPT-2 only the values have gradients to speak of; their update should be lr."""
+    torch.manual_seed(0)
+    fused, other, values = block(3000), block(40_000), slice(2000, 3000)
+    grad = 1e-7 * torch.randn(3000)
+    grad[values] = 1e-4 * torch.randn(1000)
+    before = fused.detach().clone()
+    step(SGDSaI([fused, other], lr=0.1, weight_decay=0.0, scaling="floor"), grad, torch.randn(40_000))
+    updates = fused.detach() - before
+    assert updates[values].square().mean().sqrt().item() == pytest.approx(0.1, rel=0.1)
 
 
 def test_each_step_of_calibration_has_its_own_adamw_factor() -> None:

@@ -55,7 +55,7 @@ class Subject(NamedTuple):
 
 
 def make_hf_sai(params: Any, scaling: str = "raw") -> torch.optim.Optimizer:
-    return SGDSaI(params, lr=1e-2 if scaling == "adamw" else 1e-3, scaling=scaling)
+    return SGDSaI(params, lr=1e-2 if scaling in ("adamw", "floor") else 1e-3, scaling=scaling)
 
 
 def make_authors(params: Any, scaling: str = "raw") -> torch.optim.Optimizer:
@@ -118,6 +118,10 @@ def fsdp2_max(subject: Subject, _: Path) -> dict[str, Any]:
 
 def fsdp2_adamw(subject: Subject, _: Path) -> dict[str, Any]:
     return fsdp2(subject, "adamw", torch.float32)
+
+
+def fsdp2_floor(subject: Subject, _: Path) -> dict[str, Any]:
+    return fsdp2(subject, "floor", torch.float32)
 
 
 def fsdp2_float64(subject: Subject, _: Path) -> dict[str, Any]:
@@ -356,6 +360,7 @@ CHECKS: dict[int, list[Check]] = {
         fsdp2_raw,
         fsdp2_max,
         fsdp2_adamw,
+        fsdp2_floor,
         fsdp2_float64,
         fsdp2_by_accelerate,
         fsdp1,
@@ -370,7 +375,14 @@ CHECKS: dict[int, list[Check]] = {
     4: [hsdp, fsdp2_tensor_parallel, save_sharded, load_sharded],
 }
 # It has one scaling only; with a gradient missing on one rank its collectives would wait for ever.
-NOT_FOR_AUTHORS = (fsdp2_max, fsdp2_adamw, fsdp2_by_accelerate, fsdp2_ranks_without_gradient, fsdp2_monitor)
+NOT_FOR_AUTHORS = (
+    fsdp2_max,
+    fsdp2_adamw,
+    fsdp2_floor,
+    fsdp2_by_accelerate,
+    fsdp2_ranks_without_gradient,
+    fsdp2_monitor,
+)
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ def groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def make(model: nn.Module, scaling: str) -> SGDSaI:
-    return SGDSaI(groups(model), lr=1e-2 if scaling == "adamw" else 1e-3, scaling=scaling)
+    return SGDSaI(groups(model), lr=1e-2 if scaling in ("adamw", "floor") else 1e-3, scaling=scaling)
 
 
 def start(scaling: str, seed: int = 0, **config: Any) -> tuple[Any, SGDSaI]:
@@ -94,7 +94,11 @@ def main() -> None:
     bf16 = {"bf16": {"enabled": True}}
     stages = {number: {"zero_optimization": {"stage": number}} for number in range(4)}
     results = {
-        **{f"{n}_{scaling}": trained(scaling, **stages[n]) for n in (0, 1, 2) for scaling in ("raw", "max", "adamw")},
+        **{
+            f"{n}_{scaling}": trained(scaling, **stages[n])
+            for n in (0, 1, 2)
+            for scaling in ("raw", "max", "adamw", "floor")
+        },
         **{f"{n}_bf16": trained("adamw", **stages[n], **bf16) for n in (0, 1, 2)},
         # Another optimizer of DeepSpeed's, which steps all groups at once.
         "1_bf16_sums_in_float32": trained("adamw", **stages[1], **bf16, data_types={"grad_accum_dtype": "fp32"}),
