@@ -224,9 +224,14 @@ class Calibration:
 def wait(state: MutableMapping[str, Tensor], group: dict[str, Any]) -> None:
     """Note that a block's gradient was all zero while the others were updated with the group's learning rate.
 
-    The sum of these learning rates is kept, negated, in ``scale``, which an uncalibrated block does not use.
+    The sum of these learning rates is kept, negated, in ``scale``, which an uncalibrated block does not use. Where
+    momentum begins at zero, each is multiplied by how far the momentum of the others has got, 1 - momentum^steps, which
+    is kept, negated, in ``gsnr``.
     """
-    if _peak_lr(group):
+    if group["momentum_init"] == "zero":
+        state["gsnr"].mul_(group["momentum"]).sub_(1.0 - group["momentum"])
+        state["scale"].add_(state["gsnr"] * group["lr"])
+    else:
         state["scale"].sub_(group["lr"])
 
 
@@ -235,9 +240,11 @@ def warmup_share(waited: float, group: dict[str, Any]) -> float:
 
     The gradient of LoRA's A is proportional to B, which starts at zero. After one step at 1/500 of the learning rate
     it is 500 times smaller than after one at the whole, and a scale that made up for it would be 500 times too large
-    when the warm-up ends. 1.0 for a block that did not wait, or where no scheduler says what the peak is.
+    when the warm-up ends. Where no scheduler says what the peak is, it is taken to be the present learning rate. 1.0
+    for a block that did not wait.
     """
-    return min(1.0, waited / _peak_lr(group)) if waited > 0 else 1.0
+    peak = _peak_lr(group) or float(group["lr"])
+    return min(1.0, waited / peak) if waited > 0 and peak > 0 else 1.0
 
 
 def _peak_lr(group: dict[str, Any]) -> float:

@@ -164,10 +164,12 @@ def _check_entry(entry: Any, p: Tensor, name: str, has_momentum: bool, has_int8:
         value = entry.get(key)
         if not isinstance(value, Tensor) or value.numel() != count or value.is_complex():
             raise ValueError(f"the state of {name} has no number {key!r}: this is not a state dict of SGDSaI")
-        for number in value.flatten().tolist():
-            # The scale of a block that waits for its first gradient can be negative: see state.wait.
-            if not (math.isfinite(number) and (number >= 0 or key == "scale")):
-                raise ValueError(f"{key} of {name} must be finite and >= 0, the state dict has {number}")
+    for gsnr, scale in zip(entry["gsnr"].flatten().tolist(), entry["scale"].flatten().tolist(), strict=True):
+        # Both can be negative while a block waits for its first gradient: see calibration.wait.
+        if not (math.isfinite(gsnr) and gsnr >= (0 if scale > 0 else -1)):
+            raise ValueError(f"gsnr of {name} must be finite and >= 0, the state dict has {gsnr}")
+        if not math.isfinite(scale):
+            raise ValueError(f"scale of {name} must be finite, the state dict has {scale}")
     for key, value in entry.items():
         if key not in STATE:
             raise ValueError(f"the state of {name} has an entry {key!r}; that of SGDSaI has only {', '.join(STATE)}")

@@ -53,7 +53,7 @@ def gsnr_table(optimizer: Any, model: nn.Module) -> list[GSNRRow]:
     names: dict[Tensor, str] = {**named, **{p: place for place, p, _ in blocks if p not in named}}
     measured = _to_host([states[p] for p in names])
     return [
-        GSNRRow(name, tuple(p.shape), p.numel(), gsnr, max(0.0, scale), gsnr > 0.0)
+        GSNRRow(name, tuple(p.shape), p.numel(), max(0.0, gsnr), max(0.0, scale), gsnr > 0.0)
         for (p, name), (gsnr, scale) in zip(names.items(), measured, strict=True)
     ]
 

@@ -236,6 +236,7 @@ def row_of(run: Run, metric: str, earlier: Mapping[str, dict[str, Any]] | None =
         "steps": record.get("steps"),
         "optimizer_state_bytes": record.get("optimizer_state_bytes"),
         "step_ms": speed.get("step_ms"),
+        "optimizer_ms": speed.get("optimizer_ms"),
         "finished": record.get("finished"),
         "cpu": (record.get("machine") or {}).get("cpu"),
         "options": run.digest,

@@ -165,11 +165,14 @@ def test_each_step_of_calibration_has_its_own_adamw_factor() -> None:
     assert (b.detach() - before).square().mean().sqrt().item() == pytest.approx(0.1, rel=1e-5)
 
 
-def _adapter(warmup_steps: int, steps: int, scaling: str = "adamw", stop_at: int | None = None) -> SGDSaI:
+def _adapter(
+    warmup_steps: int, steps: int, scaling: str = "adamw", stop_at: int | None = None, momentum_init: str = "gradient"
+) -> SGDSaI:
     """A product of two factors, the second zero at first as LoRA's B, trained with a linear warm-up from 0."""
     torch.manual_seed(3)
     a, b, x, y = block(4, 8), nn.Parameter(torch.zeros(5, 4)), torch.randn(16, 8), torch.randn(16, 5)
-    optimizer = SGDSaI([("a", a), ("b", b)], lr=1e-4, eps=0.0, weight_decay=0.0, scaling=scaling)
+    settings = {"eps": 0.0, "weight_decay": 0.0, "scaling": scaling, "momentum_init": momentum_init}
+    optimizer = SGDSaI([("a", a), ("b", b)], lr=1e-4, **settings)
     schedule = None
     if warmup_steps:
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min(1.0, t / warmup_steps))
@@ -187,11 +190,18 @@ def _adapter(warmup_steps: int, steps: int, scaling: str = "adamw", stop_at: int
     return optimizer
 
 
-@pytest.mark.parametrize("warmup_steps", [10, 1000])
-def test_a_warmup_does_not_inflate_the_scale_of_a_late_block(warmup_steps: int) -> None:
-    """Without the correction the scale of LoRA's A would be `warmup_steps` times larger."""
-    without, with_warmup = _adapter(0, 3), _adapter(warmup_steps, 4)
-    expected, found = ([s["scale"].item() for s in o.state.values()] for o in (without, with_warmup))
+@pytest.mark.parametrize("momentum_init", ["gradient", "zero"])
+@pytest.mark.parametrize("scaling", ["adamw", "floor"])
+@pytest.mark.parametrize("warmup_steps", [0, 10, 1000])
+def test_a_slow_start_does_not_inflate_the_scale_of_a_late_block(
+    warmup_steps: int, scaling: str, momentum_init: str
+) -> None:
+    """Without the correction LoRA's A would get a scale `warmup_steps` times larger, times 1 / (1 - momentum) where
+    momentum begins at zero."""
+    expected, found = (
+        [s["scale"].item() for s in _adapter(*how, scaling, momentum_init=init).state.values()]
+        for how, init in (((0, 3), "gradient"), ((warmup_steps, 4), momentum_init))
+    )
     # The step is so small that the gradient of a is linear in how far b has moved.
     assert found == pytest.approx(expected, rel=1e-2)
 
@@ -203,9 +213,11 @@ def test_a_warmup_does_not_touch_the_papers_scalings() -> None:
 
 
 def test_a_block_that_waits_in_a_warmup_is_resumed_exactly() -> None:
-    whole, resumed = _adapter(10, 5), _adapter(10, 5, stop_at=2)
-    for p, q in zip(whole.state.values(), resumed.state.values(), strict=True):
-        assert torch.equal(p["scale"], q["scale"])
+    for init in ("gradient", "zero"):
+        whole, resumed = (_adapter(10, 5, stop_at=stop_at, momentum_init=init) for stop_at in (None, 2))
+        for p, q in zip(whole.state.values(), resumed.state.values(), strict=True):
+            assert torch.equal(p["scale"], q["scale"])
+            assert p["gsnr"] == q["gsnr"] > 0
 
 
 def test_a_block_without_gradient_in_a_warmup_is_scaled_by_its_own_gradient_alone() -> None:

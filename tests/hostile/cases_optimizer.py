@@ -142,7 +142,7 @@ STATE_DICTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "gsnr negative": (first(gsnr=torch.tensor(-3.0)), r"gsnr of a must be finite and >= 0, the state dict has -3\.0"),
     "gsnr a vector": (first(gsnr=torch.ones(2)), "the state of a has no number 'gsnr'"),
     "gsnr complex": (first(gsnr=torch.tensor(1j)), "the state of a has no number 'gsnr'"),
-    "scale infinite": (first(scale=torch.tensor(INF)), "scale of a must be finite and >= 0, the state dict has inf"),
+    "scale infinite": (first(scale=torch.tensor(INF)), "scale of a must be finite, the state dict has inf"),
     "momentum 2": (group(momentum=2), r"momentum must be in \[0, 1\), got 2\.0"),
     "lr a word": (group(lr="fast"), f"lr {_NUMBER}'fast'"),
     "scaling unknown": (group(scaling="mean"), "scaling must be one of 'raw', 'max', 'adamw', 'floor', got 'mean'"),
