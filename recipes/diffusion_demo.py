@@ -76,7 +76,7 @@ CONTENDERS = {
     "SGD-SaI": Contender("sgd_sai", (1e-4, 3e-4, 1e-3)),
     # The norm of the first gradients is about 0.05: this cuts only what is larger than the scales were measured for.
     "SGD-SaI, clipped": Contender("sgd_sai", (3e-4, 1e-3, 3e-3), max_grad_norm=0.05),
-    "SGD-SaI zero, clipped": Contender("sgd_sai", (3e-4, 1e-3, 3e-3), "momentum_init=zero", max_grad_norm=0.05),
+    "SGD-SaI floor": Contender("sgd_sai", (1e-4, 3e-4, 1e-3), "scaling=floor,momentum_init=zero"),
     "SGD-SaI raw": Contender("sgd_sai", (3.0, 10.0, 30.0), "scaling=raw"),
     "AdamW": Contender("adamw_torch", (3e-3, 1e-2, 3e-2)),
     "scaled AdamW": Contender("scaled_adamw", (3e-3, 1e-2, 3e-2)),
