@@ -45,7 +45,8 @@ class SGDSaI(Optimizer):
             scale = gsnr * c, where c gives the first update of the blocks calibrated in the same step the root mean
             square that AdamW's first update has, lr, so that lr and weight_decay are in AdamW's units. A block whose
             gradient is zero until others have moved (LoRA's A) has a gradient in proportion to how far they moved:
-            calibrated in a warm-up, its scale is multiplied by (sum of lr while it was zero) / (peak lr), at most 1.
+            its scale is multiplied by (how far they moved while it was zero) / (a step at the peak lr), at most 1,
+            which matters in a warm-up and where momentum begins at zero.
             ``"floor"``: as ``"adamw"``, but no block's scale is below 1 / (r + 1e-8), where r is the larger of the RMS
             of its first gradient g and sqrt(sum g^4 / (3 sum g^2)), the RMS of the part of g that is not nearly zero.
             So that part begins with updates of at least lr in every block; with one constant for all, attention's
