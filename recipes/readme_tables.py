@@ -6,6 +6,7 @@ is 1 if a table does not agree with the results.
 
 import argparse
 import json
+import math
 import re
 import statistics
 import sys
@@ -230,6 +231,26 @@ def pretraining() -> str:
     )
 
 
+def pareto() -> str:
+    """Optimizer state against loss, from scratch and with LoRA: each optimizer at the best of its learning rates."""
+    jobs = [result("pareto_text"), result("pareto_lora")]
+    rows = []
+    for run in dict.fromkeys(name for content in jobs for name in content["best"]):
+        cells = []
+        for content in jobs:
+            best = content["best"].get(run)
+            if best is None or not math.isfinite(float(best["value"])):
+                cells += ["not run" if best is None else "diverged", "-", "-"]
+                continue
+            sizes = [r["optimizer_state_bytes"] for r in content["runs"] if r["run"] == run]
+            edge = " (edge)" if best["at_edge"] else ""
+            cells += [f"{best['value']:.3f}", f"{best['point']['learning_rate']:g}{edge}", f"{sizes[0] / 1e3:.0f}"]
+        rows.append([run, *cells])
+    columns = [f"{job}: {what}" for job in ("from scratch", "LoRA") for what in ("loss", "lr", "state kB")]
+    machine, version = jobs[0]["machine"]["cpu"], jobs[0]["versions"]["torch"]
+    return f"{markdown(['', *columns], rows)}\n\nThree learning rates each, one seed; {machine}, torch {version}."
+
+
 def gsnr() -> str:
     """g-SNR / sqrt(d) over the blocks of a kind and the measured steps of each pretraining run."""
     record = result("gsnr_5m")
@@ -274,6 +295,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "diffusion": diffusion,
     "rates": rates,
     "digits": digits,
+    "pareto": pareto,
     "gsnr": gsnr,
     "pretraining": pretraining,
     "speed": speed,
