@@ -63,9 +63,10 @@ class SGDSaI(Optimizer):
             first update is (1 - momentum) times as large and updates grow over that many steps.
 
     State of a parameter: ``momentum_buffer`` (absent when momentum is 0), ``gsnr`` and ``scale`` (0-dim float32
-    tensors, 0 until the block is calibrated); with int8 momentum ``momentum_scale`` (one dimension, float32); where
-    something is rounded stochastically ``rounding_step`` (0-dim int64), the number of updates so far, from which with
-    the block's place in the optimizer the random bits are hashed: training resumed is training not interrupted.
+    tensors, not above 0 until the block is calibrated); with int8 momentum ``momentum_scale`` (one dimension,
+    float32); where something is rounded stochastically ``rounding_step`` (0-dim int64), the number of updates so
+    far, from which with the block's place in the optimizer the random bits are hashed: training resumed is training
+    not interrupted.
 
     ``grad_scale`` and ``found_inf``, set as attributes by ``torch.amp.GradScaler``, are honoured inside the update:
     gradients are divided by the first, and where the second is not 0 nothing changes, calibration included. Set

@@ -6,7 +6,6 @@ is 1 if a table does not agree with the results.
 
 import argparse
 import json
-import math
 import re
 import statistics
 import sys
@@ -232,23 +231,16 @@ def pretraining() -> str:
 
 
 def pareto() -> str:
-    """Optimizer state against loss, from scratch and with LoRA: each optimizer at the best of its learning rates."""
-    jobs = [result("pareto_text"), result("pareto_lora")]
+    """Optimizer state against loss: each optimizer at the best of its learning rates, the least loss first."""
+    content = result("pareto_text")
     rows = []
-    for run in dict.fromkeys(name for content in jobs for name in content["best"]):
-        cells = []
-        for content in jobs:
-            best = content["best"].get(run)
-            if best is None or not math.isfinite(float(best["value"])):
-                cells += ["not run" if best is None else "diverged", "-", "-"]
-                continue
-            sizes = [r["optimizer_state_bytes"] for r in content["runs"] if r["run"] == run]
-            edge = " (edge)" if best["at_edge"] else ""
-            cells += [f"{best['value']:.3f}", f"{best['point']['learning_rate']:g}{edge}", f"{sizes[0] / 1e3:.0f}"]
-        rows.append([run, *cells])
-    columns = [f"{job}: {what}" for job in ("from scratch", "LoRA") for what in ("loss", "lr", "state kB")]
-    machine, version = jobs[0]["machine"]["cpu"], jobs[0]["versions"]["torch"]
-    return f"{markdown(['', *columns], rows)}\n\nThree learning rates each, one seed; {machine}, torch {version}."
+    for run, best in sorted(content["best"].items(), key=lambda item: float(item[1]["value"])):
+        sizes = [r["optimizer_state_bytes"] for r in content["runs"] if r["run"] == run]
+        rate = f"{best['point']['learning_rate']:g}{' (edge)' if best['at_edge'] else ''}"
+        rows.append([run, f"{best['value']:.3f}", rate, f"{sizes[0] / 1e3:.0f}"])
+    table = markdown(["", "loss", "best lr", "state kB"], rows)
+    machine, version = content["machine"]["cpu"], content["versions"]["torch"]
+    return f"{table}\n\nThree learning rates each, one seed; {machine}, torch {version}."
 
 
 def gsnr() -> str:

@@ -110,7 +110,7 @@ def pareto(contents: Sequence[Mapping[str, Any]], path: Path) -> None:
                 points.append((sizes[0] / 1e3, float(best["value"]), name))
         for number, (size, value, name) in enumerate(points):
             panel.scatter([size], [value], color=f"C{number % 10}", s=30)
-            panel.annotate(name, (size, value), textcoords="offset points", xytext=(4, 4), fontsize=7)
+            panel.annotate(name, (size, value), textcoords="offset points", xytext=(3, 4), fontsize=7, rotation=40)
         front = pareto_front([(s, -v if larger else v) for s, v, _ in points])
         panel.plot([points[i][0] for i in front], [points[i][1] for i in front], color="0.6", lw=1, ls="--", zorder=0)
         panel.set_xlabel("optimizer state, kB")
