@@ -152,7 +152,7 @@ def _from_model(model: nn.Module, args: Any) -> Optimizer:
             "n_kv_heads": getattr(config, "num_key_value_heads", None),
         }
         return adam_mini(
-            [(name, p) for name, p in model.named_parameters() if p.requires_grad],
+            [(_adam_mini_name(name, p), p) for name, p in model.named_parameters() if p.requires_grad],
             lr=args.learning_rate,
             weight_decay=args.weight_decay,
             verbose=False,
@@ -168,6 +168,19 @@ def _from_model(model: nn.Module, args: Any) -> Optimizer:
         lr=args.learning_rate,
         **{"weight_decay": args.weight_decay, **kwargs, **_own_optim_args(cls, args.optim_args, extra=("reg",))},
     )
+
+
+def _adam_mini_name(name: str, parameter: nn.Parameter) -> str:
+    """The name that Adam-mini is told, from which it chooses a parameter's blocks.
+
+    It takes whatever is called an embedding for a matrix with a row for each token, and fails on a ViT's class token,
+    positions and patch filters, and on a norm among a ResNet's embeddings. All that is no matrix gets the rule it has
+    for the rest, one rate for the tensor, by a name that holds none of its words; a bias stays one, and what is a
+    vector is called a norm, so that it does not decay.
+    """
+    if parameter.ndim == 2:
+        return name
+    return "bias" if "bias" in name else "norm" if parameter.ndim < 2 else "block"
 
 
 class Together(Optimizer):

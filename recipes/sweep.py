@@ -22,7 +22,9 @@ import json
 import logging
 import math
 import multiprocessing
+import os
 import statistics
+import threading
 import traceback
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -188,8 +190,16 @@ def best_points(rows: list[dict[str, Any]], metric: str) -> dict[str, dict[str, 
 
 
 def _start_worker() -> None:
+    end_with_parent()
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
+
+
+def end_with_parent() -> None:
+    """Let this worker end when the sweep is gone: killed, it cannot say so, and its worker would begin the next run."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def perform(recipe: str, base: str, run: Run) -> str | None:

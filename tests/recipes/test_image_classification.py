@@ -189,6 +189,13 @@ def test_every_optimizer_sees_the_same_images_and_starts_from_the_same_weights(c
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
+@pytest.mark.parametrize("model", ["vit_s16", "resnet18"])
+def test_adam_mini_trains_image_models_whose_tensors_have_more_than_two_axes(config, model):
+    config |= {"model": model, "model_options": TINY[model], "optim": "adam_mini", "learning_rate": 3e-3}
+    record = image_classification.run(config)
+    assert losses(record)[-1] < 0.7 * losses(record)[0]  # from log 3; ours are at 0 by then
+
+
 def test_a_step_is_the_same_in_one_batch_or_in_accumulated_parts(config):
     config |= {"num_train_epochs": 2, "crop_padding": 2, "logging_steps": 5, "learning_rate": 1e-3}
     one = image_classification.run(config)

@@ -2,7 +2,12 @@
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -246,3 +251,44 @@ def test_two_real_runs_in_a_process_of_their_own(tmp_path):
     assert [error for _, error in do(sweep, planned(sweep))] == [None] * 4
     values = {(r["run"], r["seed"]): r["value"] for r in report(sweep, "s.yaml")["runs"]}
     assert values["a", 0] == values["b", 0] != values["a", 1]
+
+
+KILLED = """
+import multiprocessing, os, pathlib, sys, time
+
+def work(path):
+    from recipes.sweep import end_with_parent
+    end_with_parent()
+    path.write_text(str(os.getpid()))
+    time.sleep(600)
+
+if __name__ == "__main__":
+    multiprocessing.get_context("spawn").Process(target=work, args=(pathlib.Path(sys.argv[1]),)).start()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+def test_a_worker_ends_with_the_sweep_that_was_killed(tmp_path):
+    (tmp_path / "killed.py").write_text(KILLED)
+    words, root = [sys.executable, str(tmp_path / "killed.py"), str(tmp_path / "pid")], Path(__file__).parents[2]
+    sweep = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": str(root)})
+    until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    worker = int((tmp_path / "pid").read_text())
+    assert running(worker)
+    sweep.kill()
+    sweep.wait()
+    until(lambda: not running(worker))
+
+
+def running(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+
+
+def until(what: Callable[[], object], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it has not happened"
+        time.sleep(0.05)
