@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from hf_sai.checks import ADAMW_UNITS, SCALINGS, block_name
+from hf_sai.clipping import clip_gradients
 from hf_sai.gsnr import BlockStatistics, Segment, measure, scales, to_local
 from hf_sai.kernels import fused_moments
 from hf_sai.zero import Given
@@ -87,6 +88,8 @@ class Calibration:
     ) -> tuple[list[Plan], bool]:
         """Begin a step: set the scales of the blocks that wait for one and have a usable gradient.
 
+        The gradients of blocks that had theirs before are clipped where their group asks for it.
+
         Args:
             taking: the blocks of this step, group by group.
             states: the optimizer's state.
@@ -100,17 +103,22 @@ class Calibration:
             RuntimeError: for a block that is not calibrated under CUDA graph capture.
         """
         self.steps += 1
-        plans, waiting = [], []
+        plans, waiting, clipped = [], [], []
         for members in taking:
             plan = Plan([], [], [])
             for t in members:
                 scale = self.host_scale(t.param, t.state)
                 if not scale:
                     waiting.append((t, plan))
-                elif t.grad is not None:
+                    continue
+                if t.group["clip_threshold"] is not None:
+                    clipped.append(t)
+                if t.grad is not None:
                     plan.later.append(t)
                     plan.scales.append(scale)
             plans.append(plan)
+        if clipped:
+            clip_gradients(clipped, grad_scale)
         if not waiting:
             return plans, True
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():

@@ -38,6 +38,15 @@ def check_group(group: Mapping[str, Any]) -> None:
     if group["momentum_init"] not in MOMENTUM_INITS:
         valid = ", ".join(map(repr, MOMENTUM_INITS))
         raise ValueError(f"momentum_init must be one of {valid}, got {group['momentum_init']!r}")
+    if (threshold := group["clip_threshold"]) is not None:
+        _check_number("clip_threshold", threshold, low=0.0)
+        if not threshold:
+            raise ValueError("clip_threshold must be above 0, or None for no clipping, got 0")
+        if group["scaling"] not in ADAMW_UNITS:
+            raise ValueError(
+                f"clip_threshold is in units of AdamW's update, which scaling={group['scaling']!r} does not know; "
+                f"use scaling={' or '.join(map(repr, ADAMW_UNITS))}, or leave clip_threshold out"
+            )
     for name in ("maximize", "stochastic_rounding"):
         if not isinstance(group[name], bool):
             raise ValueError(f"{name} must be True or False, got {group[name]!r}")

@@ -250,24 +250,28 @@ def _to_host(parts: Sequence[Sequence[Tensor]]) -> list[list[float]]:
     return [[next(values[x.device]) for x in part] for part in parts]
 
 
-def _all_reduce(params: Sequence[Tensor | Segment], values: list[float]) -> list[float]:
-    """``values`` summed over the processes that hold different shards of the same block, one collective a group."""
-    by_group: dict[Any, list[int]] = {}
-    devices: dict[Any, str | torch.device] = {}
+def reduction_groups(params: Sequence[Tensor | Segment]) -> dict[Any, tuple[list[int], str | torch.device]]:
+    """The groups of processes that hold different shards of the same blocks: which blocks, and the device they talk on.
+
+    Collectives over these groups, in this order, make sums over local elements sums over whole blocks.
+    """
+    groups: dict[Any, tuple[list[int], str | torch.device]] = {}
     for i, p in enumerate(params):
         if isinstance(p, Segment):
-            by_group.setdefault(p.group, []).append(i)
-            devices[p.group] = p.device
+            groups.setdefault(p.group, ([], p.device))[0].append(i)
         elif is_dtensor(p):
             mesh = p.device_mesh  # type: ignore[attr-defined]
             for dim, placement in enumerate(p.placements):  # type: ignore[attr-defined]
                 # Not `is_shard()`: the strided shards of FSDP2 with tensor parallelism answer False to it.
                 if not placement.is_replicate():
-                    group = mesh.get_group(dim)
-                    by_group.setdefault(group, []).append(i)
-                    devices[group] = mesh.device_type
-    for group, members in by_group.items():
-        vector = torch.tensor([values[i] for i in members], dtype=torch.float64, device=devices[group])
+                    groups.setdefault(mesh.get_group(dim), ([], mesh.device_type))[0].append(i)
+    return groups
+
+
+def _all_reduce(params: Sequence[Tensor | Segment], values: list[float]) -> list[float]:
+    """``values`` summed over the processes that hold different shards of the same block, one collective a group."""
+    for group, (members, device) in reduction_groups(params).items():
+        vector = torch.tensor([values[i] for i in members], dtype=torch.float64, device=device)
         torch.distributed.all_reduce(vector, group=group)
         for i, value in zip(members, vector.tolist(), strict=True):
             values[i] = value

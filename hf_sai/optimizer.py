@@ -61,6 +61,11 @@ class SGDSaI(Optimizer):
         momentum_init: ``"gradient"``: m begins as the first usable gradient, as in the paper, which therefore weighs as
             much as the next 1 / (1 - momentum) gradients together; ``"zero"`` (ours): m begins at zero, so that the
             first update is (1 - momentum) times as large and updates grow over that many steps.
+        clip_threshold: ours, for ``"adamw"`` and ``"floor"``: after its first gradient, a block's gradient g is scaled
+            down, in place, to scale * rms(g) = clip_threshold where it is larger: its update, in units of lr, is what
+            AdamW's would be about. 1.0 is a good value. By default a gradient that has grown since the calibration
+            makes an update that has grown as much. One more pass over the gradients, and where they are sharded one
+            collective a step.
 
     State of a parameter: ``momentum_buffer`` (absent when momentum is 0), ``gsnr`` and ``scale`` (0-dim float32
     tensors, not above 0 until the block is calibrated); with int8 momentum ``momentum_scale`` (one dimension,
@@ -99,6 +104,7 @@ class SGDSaI(Optimizer):
         momentum_dtype: torch.dtype | str | None = None,
         stochastic_rounding: bool = False,
         momentum_init: str = "gradient",
+        clip_threshold: float | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -112,6 +118,7 @@ class SGDSaI(Optimizer):
             "momentum_dtype": momentum_dtype,
             "stochastic_rounding": stochastic_rounding,
             "momentum_init": momentum_init,
+            "clip_threshold": clip_threshold,
         }
         check_group(defaults)
         self._given = Given()
@@ -290,8 +297,9 @@ class SGDSaI(Optimizer):
         p = group["params"][place]
         grad = p.grad
         if grad is None:
-            # A process without a gradient still joins the collectives that calibrate a sharded block.
-            if not (p.requires_grad and is_dtensor(p) and not self.is_calibrated(p)):
+            # A process without a gradient still joins the collectives that calibrate or clip a sharded block.
+            collective = group["clip_threshold"] is not None or not self.is_calibrated(p)
+            if not (p.requires_grad and is_dtensor(p) and collective):
                 return None
         elif grad.is_sparse:
             name = block_name(group, place)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sai.checks import block_name
+from hf_sai.clipping import clip_gradients
 from hf_sai.gsnr import BlockStatistics, is_dtensor, measure
 from hf_sai.kernels import fused_moments
 
@@ -102,6 +103,8 @@ class GradientRelease:
                 if self._track_norm:
                     self._squares.append(torch.linalg.vector_norm(taking.grad, dtype=torch.float32).square())
                 if optimizer.is_calibrated(p):
+                    if group["clip_threshold"] is not None:
+                        clip_gradients([taking])
                     optimizer.update(group, [taking])
                 else:
                     self._calibrate(taking)

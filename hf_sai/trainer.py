@@ -205,7 +205,7 @@ def _kwargs_from_args(args: TrainingArguments) -> tuple[dict[str, Any], bool]:
     kwargs = {
         "lr": args.learning_rate,
         "weight_decay": args.weight_decay,
-        "scaling": "adamw",
+        "scaling": _DEFAULTS["scaling"],
         **parse_optim_args(args.optim_args),
     }
     release = kwargs.pop("release_gradients", False)
@@ -309,6 +309,10 @@ def _number(key: str, value: str) -> float:
         raise ValueError(f"optim_args: {key} must be a number, got {value!r}") from None
 
 
+def _number_or_none(key: str, value: str) -> float | None:
+    return None if value.lower() == "none" else _number(key, value)
+
+
 def _one_of(choices: dict[str, Any]) -> Callable[[str, str], Any]:
     def cast(key: str, value: str) -> Any:
         if value.lower() in choices:
@@ -335,6 +339,7 @@ _CASTS: dict[str, Callable[[str, str], Any]] = {
     "momentum_dtype": _one_of({**MOMENTUM_DTYPES, "none": None}),
     "stochastic_rounding": _one_of(_BOOL),
     "momentum_init": _one_of({name: name for name in MOMENTUM_INITS}),
+    "clip_threshold": _number_or_none,
     "release_gradients": _one_of(_BOOL),
 }
 # Param groups take these two from the training arguments: a second value here would be lost without a word.
@@ -343,7 +348,7 @@ _DEFAULTS = {
     name: parameter.default
     for name, parameter in inspect.signature(SGDSaI).parameters.items()
     if parameter.default is not parameter.empty
-}
+} | {"scaling": "adamw"}
 
 
 def _warn_if_nothing_will_train(args: TrainingArguments, scaling: str) -> None:

@@ -40,7 +40,7 @@ VALUES = st.sampled_from(
     ["0.9", "1e-8", "-1", "nan", "inf", "1e999", "true", "None", "raw", "AdamW", "bfloat16", "", "٣"]
 )
 KEYS = st.sampled_from(
-    ["momentum", "eps", "scaling", "foreach", "maximize", "momentum_dtype", "lr", "beta", "Momentum"]
+    ["momentum", "eps", "scaling", "foreach", "maximize", "momentum_dtype", "clip_threshold", "lr", "beta", "Momentum"]
 )
 PAIRS = st.builds(lambda key, sign, value: f"{key}{sign}{value}", KEYS, st.sampled_from(["=", " = ", "", "=="]), VALUES)
 DEFAULTS = {
@@ -48,13 +48,14 @@ DEFAULTS = {
     "momentum": 0.9,
     "eps": 1e-8,
     "weight_decay": 0.0,
-    "scaling": "raw",
+    "scaling": "adamw",
     "maximize": False,
     "foreach": None,
     "fused": None,
     "momentum_dtype": None,
     "stochastic_rounding": False,
     "momentum_init": "gradient",
+    "clip_threshold": None,
 }
 
 

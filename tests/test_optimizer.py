@@ -120,6 +120,74 @@ def test_a_state_dict_from_before_momentum_init_loads() -> None:
     step(other, torch.randn(4))
 
 
+def rms(tensor: Tensor) -> float:
+    return tensor.detach().double().square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scaling", ["adamw", "floor"])
+def test_clip_threshold_bounds_the_update_of_a_gradient_that_has_grown(scaling: str, dtype: torch.dtype) -> None:
+    starts = [torch.zeros(300, 20, dtype=dtype), torch.zeros(500, dtype=dtype)]
+    clipped, plain = ([nn.Parameter(start.clone()) for start in starts] for _ in range(2))
+    options = {"lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "scaling": scaling}
+    ours, other = SGDSaI(clipped, **options, clip_threshold=0.7), SGDSaI(plain, **options)
+    generator = torch.Generator().manual_seed(0)
+    for size in (1.0, 0.01, 1e3, 1e20):
+        gradients = [(size * torch.randn(p.shape, generator=generator)).to(dtype) for p in clipped]
+        for p in (*clipped, *plain):
+            p.data.zero_()  # so that they are the update
+        step(ours, *gradients)
+        step(other, *gradients)
+        for p, q in zip(clipped, plain, strict=True):
+            if size <= 1.0:  # the first gradient has nothing to be compared with, the second is small
+                assert torch.equal(p, q)
+            elif size < 1e19:
+                assert rms(p) == pytest.approx(0.1 * 0.7, rel=1e-5 if dtype == torch.float32 else 2**-8)
+                torch.testing.assert_close(p / rms(p), q / rms(q), rtol=2**-7, atol=1e-6)
+            else:  # its norm is infinite in float32
+                assert not p.any()
+    with pytest.raises(ValueError, match=r"clip_threshold is in units of AdamW's update.*use scaling='adamw' or"):
+        SGDSaI([block(2)], clip_threshold=1.0)
+
+
+def test_clip_threshold_is_each_groups_own_and_lora_as() -> None:
+    """A block that waited is clipped by its own scale, corrected for the warm-up; its first gradient is not."""
+    a, b, late = block(40), block(40), block(40)
+    groups = [{"params": [a, late], "clip_threshold": 1.0}, {"params": [b]}]
+    optimizer = SGDSaI(groups, lr=0.1, momentum=0.0, weight_decay=0.0, scaling="floor")
+    gradient = torch.randn(40)
+    for times, late_times in ((1, 0), (100, 1), (100, 100)):
+        before = [p.detach().clone() for p in (a, late, b)]
+        step(optimizer, times * gradient, late_times * gradient, times * gradient)
+        moved = [rms(p - q) / 0.1 for p, q in zip((a, late, b), before, strict=True)]
+    assert moved == pytest.approx([1.0, 1.0, 100 * moved[2] / 100], rel=1e-4)
+    assert moved[2] > 50
+
+
+def test_clip_threshold_knows_the_scale_of_grad_scaler() -> None:
+    a, b = block(50), block(50)
+    one, other = (SGDSaI([p], lr=0.1, scaling="adamw", clip_threshold=1.0) for p in (a, b))
+    b.data.copy_(a.data)
+    for times in (1, 1, 30, 0.5):
+        gradient = times * torch.randn(50)
+        step(one, gradient)
+        other.grad_scale, other.found_inf = torch.tensor(1024.0), torch.tensor(0.0)
+        step(other, 1024 * gradient)
+    torch.testing.assert_close(a, b)
+
+
+def test_a_state_dict_from_before_clip_threshold_loads() -> None:
+    p, q = block(4), block(4)
+    optimizer = SGDSaI([p], scaling="adamw")
+    step(optimizer, torch.randn(4))
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["param_groups"][0]["clip_threshold"]
+    other = SGDSaI([q], scaling="adamw", clip_threshold=1.0)
+    other.load_state_dict(saved)
+    assert other.param_groups[0]["clip_threshold"] == 1.0
+    step(other, torch.randn(4))
+
+
 def active_rms(grad: Tensor) -> float:
     wide = grad.double()
     return (wide.pow(4).sum() / (3 * wide.square().sum())).sqrt().item()
@@ -448,8 +516,13 @@ def test_neither_calibration_nor_a_step_takes_memory_of_a_blocks_size(weight_dec
         sizes.clear()
 
 
-@pytest.mark.parametrize("options", [{"lr": torch.tensor(0.01)}, {"lr": 0.01, "weight_decay": 0.0}])
-@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize(
+    ("scaling", "options"),
+    [
+        *((s, o) for s in SCALINGS for o in ({"lr": torch.tensor(0.01)}, {"lr": 0.01, "weight_decay": 0.0})),
+        ("floor", {"lr": 0.01, "clip_threshold": 0.5}),
+    ],
+)
 def test_compiled_step_equals_eager(scaling: str, options: dict[str, Any]) -> None:
     torch._dynamo.reset()
     a, b = block(6), block(5, 4)
@@ -587,6 +660,9 @@ def test_copies_go_on_alike(copied: Any) -> None:
         ({"weight_decay": -1}, r"weight_decay must be .*, got -1\.0"),
         ({"scaling": "adam"}, r"scaling must be one of 'raw', 'max', 'adamw', 'floor', got 'adam'"),
         ({"momentum_init": "ema"}, r"momentum_init must be one of 'gradient', 'zero', got 'ema'"),
+        ({"scaling": "floor", "clip_threshold": 0}, r"clip_threshold must be above 0, or None for no clipping, got 0"),
+        ({"scaling": "floor", "clip_threshold": -1}, r"clip_threshold must be a finite number >= 0, got -1"),
+        ({"scaling": "raw", "clip_threshold": 1.0}, r"clip_threshold is in units of AdamW's update"),
         ({"maximize": 1}, r"maximize must be True or False, got 1"),
         ({"foreach": "yes"}, r"foreach must be True, False or None"),
         ({"foreach": True, "fused": True}, r"foreach and fused cannot both be True"),

@@ -30,9 +30,12 @@ def make(**options: Any) -> tuple[nn.Module, SGDSaI]:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"momentum_dtype": "int8"}, {"momentum_init": "zero"}], ids=["float32", "int8", "zero"]
+    ("scaling", "options"),
+    [
+        *((s, o) for s in SCALINGS for o in ({}, {"momentum_dtype": "int8"}, {"momentum_init": "zero"})),
+        ("floor", {"clip_threshold": 0.3}),
+    ],
 )
-@pytest.mark.parametrize("scaling", SCALINGS)
 def test_equals_the_ordinary_step_whose_first_lr_is_zero(scaling: str, options: dict[str, Any]) -> None:
     (released, one), (plain, other) = (make(scaling=scaling, **options) for _ in range(2))
     start = copy.deepcopy(released)

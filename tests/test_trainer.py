@@ -150,6 +150,8 @@ def test_optim_args_cover_the_optimizers_hyperparameters() -> None:
         ("stochastic_rounding=FALSE", {"stochastic_rounding": False}),
         ("momentum_dtype=none", {"momentum_dtype": None}),
         ("momentum_init=Zero", {"momentum_init": "zero"}),
+        ("clip_threshold=1", {"clip_threshold": 1.0}),  # the Trainer's scaling is "adamw"
+        ("scaling=raw,clip_threshold=none", {"scaling": "raw", "clip_threshold": None}),
     ],
 )
 def test_optim_args_are_cast(text: str | None, parsed: dict[str, Any]) -> None:

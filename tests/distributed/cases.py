@@ -54,6 +54,12 @@ class TwoLayers(nn.Module):
         return self.head(self.down(torch.tanh(self.up(self.norm(self.embed(tokens))))))
 
 
+def settings(scaling: str) -> dict[str, Any]:
+    """What SGDSaI is made with: ``"clip"`` is ``"floor"`` with a threshold that half of the gradients are above."""
+    clip = {"scaling": "floor", "clip_threshold": 0.3} if scaling == "clip" else {"scaling": scaling}
+    return {"lr": 1e-3 if scaling in ("raw", "max") else 1e-2, **clip}
+
+
 def build(
     cls: type[nn.Module] = Net, dtype: torch.dtype = torch.float32, seed: int = 0, frozen: Sequence[str] = ()
 ) -> nn.Module:

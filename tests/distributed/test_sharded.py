@@ -51,6 +51,7 @@ def expected_warning(expected: bool) -> AbstractContextManager[Any]:
         (2, "fsdp2_max", "max", Net, torch.float32),
         (2, "fsdp2_adamw", "adamw", Net, torch.float32),
         (2, "fsdp2_floor", "floor", Net, torch.float32),
+        (2, "fsdp2_clip", "clip", Net, torch.float32),
         (2, "fsdp2_float64", "adamw", Net, torch.float64),
         (2, "fsdp2_by_accelerate", "adamw", Net, torch.float32),
         (2, "tensor_parallel", "adamw", TwoLayers, torch.float32),

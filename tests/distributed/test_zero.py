@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BATCH, LENGTH, batch, build, largest_difference, weights
+from cases import BATCH, LENGTH, batch, build, largest_difference, settings, weights
 from launching import once, shared_folder, torchrun
 
 from hf_sai import SGDSaI, gsnr_table
@@ -33,7 +33,7 @@ def one_process(scaling: str) -> tuple[dict[str, float], dict[str, list[float]],
     model = build()
     named = list(model.named_parameters())
     groups = [{"params": named[:6]}, {"params": named[6:], "weight_decay": 0.0}]
-    optimizer = SGDSaI(groups, lr=1e-2 if scaling in ("adamw", "floor") else 1e-3, scaling=scaling)
+    optimizer = SGDSaI(groups, **settings(scaling))
     path, start = 0.0, weights(model)
     for step in range(STEPS):
         tokens, targets = batch(step)
@@ -48,7 +48,7 @@ def one_process(scaling: str) -> tuple[dict[str, float], dict[str, list[float]],
 
 
 @pytest.mark.filterwarnings("ignore:SGDSaI.*constant first gradient:UserWarning")
-@pytest.mark.parametrize("scaling", ["raw", "max", "adamw", "floor"])
+@pytest.mark.parametrize("scaling", ["raw", "max", "adamw", "floor", "clip"])
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_the_numbers_of_one_process(ranks: list[dict[str, Any]], stage: int, scaling: str) -> None:
     """Two groups, clipped, blocks that straddle two partitions, blocks calibrated at steps 1, 2 and 13."""

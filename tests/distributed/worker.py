@@ -22,7 +22,7 @@ import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from cases import LATE_STEP, Recorder, TwoLayers, batch, build, gsnrs, local, train, weights
+from cases import LATE_STEP, Recorder, TwoLayers, batch, build, gsnrs, local, settings, train, weights
 from sgd_sai import SGD_sai
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -55,7 +55,7 @@ class Subject(NamedTuple):
 
 
 def make_hf_sai(params: Any, scaling: str = "raw") -> torch.optim.Optimizer:
-    return SGDSaI(params, lr=1e-2 if scaling in ("adamw", "floor") else 1e-3, scaling=scaling)
+    return SGDSaI(params, **settings(scaling))
 
 
 def make_authors(params: Any, scaling: str = "raw") -> torch.optim.Optimizer:
@@ -122,6 +122,10 @@ def fsdp2_adamw(subject: Subject, _: Path) -> dict[str, Any]:
 
 def fsdp2_floor(subject: Subject, _: Path) -> dict[str, Any]:
     return fsdp2(subject, "floor", torch.float32)
+
+
+def fsdp2_clip(subject: Subject, _: Path) -> dict[str, Any]:
+    return fsdp2(subject, "clip", torch.float32)
 
 
 def fsdp2_float64(subject: Subject, _: Path) -> dict[str, Any]:
@@ -197,15 +201,16 @@ def fsdp2_costs(subject: Subject, _: Path) -> dict[str, Any]:
 
 
 def fsdp2_ranks_without_gradient(subject: Subject, _: Path) -> dict[str, Any]:
-    """Rank 1 has no gradient for two blocks at step 0, and rank 0 none for one of them at step 1."""
+    """Rank 1 has no gradient for two blocks at step 0, and rank 0 none for one at step 1, for the other at step 2."""
     model = shard(build(frozen=subject.frozen), init_device_mesh("cpu", (2,)))
-    optimizer = subject.make(model.parameters())
+    optimizer = subject.make(model.parameters(), "clip")
     gradients: dict[str, list[float]] = {}
     for step in range(3):
         tokens, targets = batch(step)
         optimizer.zero_grad()
         (model(tokens[rows()], use_late=False) - targets[rows()]).square().mean().backward()
-        gone = {(0, 1): ["down.weight", "lora_b.weight"], (1, 0): ["lora_b.weight"]}.get((step, dist.get_rank()), [])
+        missing = {(0, 1): ["down.weight", "lora_b.weight"], (1, 0): ["lora_b.weight"], (2, 0): ["down.weight"]}
+        gone = missing.get((step, dist.get_rank()), [])
         for name, p in model.named_parameters():
             if name in gone:
                 p.grad = None
@@ -361,6 +366,7 @@ CHECKS: dict[int, list[Check]] = {
         fsdp2_max,
         fsdp2_adamw,
         fsdp2_floor,
+        fsdp2_clip,
         fsdp2_float64,
         fsdp2_by_accelerate,
         fsdp1,
@@ -379,6 +385,7 @@ NOT_FOR_AUTHORS = (
     fsdp2_max,
     fsdp2_adamw,
     fsdp2_floor,
+    fsdp2_clip,
     fsdp2_by_accelerate,
     fsdp2_ranks_without_gradient,
     fsdp2_monitor,

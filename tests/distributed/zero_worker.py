@@ -15,7 +15,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
 
 import deepspeed
 import torch.distributed as dist
-from cases import batch, build, weights
+from cases import batch, build, settings, weights
 from torch import nn
 
 from hf_sai import SGDSaI, gsnr_table
@@ -33,7 +33,7 @@ def groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def make(model: nn.Module, scaling: str) -> SGDSaI:
-    return SGDSaI(groups(model), lr=1e-2 if scaling in ("adamw", "floor") else 1e-3, scaling=scaling)
+    return SGDSaI(groups(model), **settings(scaling))
 
 
 def start(scaling: str, seed: int = 0, **config: Any) -> tuple[Any, SGDSaI]:
@@ -97,7 +97,7 @@ def main() -> None:
         **{
             f"{n}_{scaling}": trained(scaling, **stages[n])
             for n in (0, 1, 2)
-            for scaling in ("raw", "max", "adamw", "floor")
+            for scaling in ("raw", "max", "adamw", "floor", "clip")
         },
         **{f"{n}_bf16": trained("adamw", **stages[n], **bf16) for n in (0, 1, 2)},
         # Another optimizer of DeepSpeed's, which steps all groups at once.

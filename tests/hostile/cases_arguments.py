@@ -34,6 +34,8 @@ OPTIM_ARGS: dict[str, tuple[Any, str]] = {
     "unknown scaling": ("scaling=adam", r"must be one of raw, max, adamw, floor, got 'adam' \(did you mean adamw\?\)"),
     "unknown switch": ("foreach=maybe", "foreach must be one of true, false, none, got 'maybe'"),
     "unknown dtype": ("momentum_dtype=int3", "momentum_dtype must be one of .*, got 'int3'"),
+    "clipping without a unit": ("scaling=raw,clip_threshold=1", "use scaling='adamw' or 'floor', or leave"),
+    "a threshold of nothing": ("clip_threshold=0", "clip_threshold must be above 0, or None for no clipping, got 0"),
     "code": ("momentum=__import__('os')", "momentum must be a number, got"),
     "a mapping": ({"momentum": 0.9}, r"must be a string of key=value pairs, got \{'momentum': 0\.9\}"),
 }
