@@ -12,7 +12,7 @@ What it excludes, because an update inside backward comes too early for it:
 
 - gradient accumulation: the parameters would move between the micro-batches. A second backward before ``step`` raises.
 - clipping by the global norm: the norm is known only after the last gradient. ``clip_grad_norm_`` finds no gradients
-  and does nothing; ``SaITrainer`` refuses ``max_grad_norm > 0``.
+  and does nothing; ``SaITrainer`` refuses ``max_grad_norm > 0``. ``clip_threshold`` clips each block by its own.
 - DDP and FSDP: gradients are reduced over processes after they have been accumulated.
 - ``GradScaler``: whether a gradient overflowed is known only after the last one. Use bfloat16.
 """

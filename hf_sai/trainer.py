@@ -221,9 +221,8 @@ def _release_if_asked(optimizer: SGDSaI, model: nn.Module, args: TrainingArgumen
     reasons = {
         f"gradient_accumulation_steps={args.gradient_accumulation_steps}: parameters would move between micro-batches; "
         "set it to 1": args.gradient_accumulation_steps > 1,
-        f"max_grad_norm={args.max_grad_norm}: the norm is known only after the last gradient; set it to 0": (
-            (args.max_grad_norm or 0) > 0
-        ),
+        f"max_grad_norm={args.max_grad_norm}: the norm is known only after the last gradient; set it to 0, and "
+        "clip block by block with clip_threshold=1 in optim_args": ((args.max_grad_norm or 0) > 0),
         "fp16=True: an overflow is known only after the last gradient; use bf16": args.fp16,
         f"{args.world_size} processes, whose gradients are reduced later; train on one": args.world_size > 1,
         f"{args.n_gpu} GPUs in one process; set CUDA_VISIBLE_DEVICES to one": args.n_gpu > 1,

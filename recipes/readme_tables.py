@@ -52,11 +52,12 @@ def e2e() -> str:
         state = finals[0]["optimizer_state_bytes"]
         rows.append([run, rate, spread, *scores, f"{state / 1e3:.0f}", f"{milliseconds:.2f}"])
     table = markdown(["", "lr", "dev loss (seeds)", *METRICS.values(), "state kB", "step ms"], rows)
-    seeds = len({row["seed"] for row in content["finals"]})
+    seeds, base = len({row["seed"] for row in content["finals"]}), content["base_options"]
     return (
-        f"{table}\n\nLoRA r 4 on a GPT-2 of 1 M parameters that our pretraining recipe made, real E2E set, "
-        f"{content['finals'][0]['steps']} steps of 8 texts, all 630 test inputs generated and scored; the best of four "
-        f"learning rates by dev loss, then {seeds} seeds of it: mean and range of the loss, mean of the scores, median "
+        f"{table}\n\nLoRA r {base['lora_r']} on a GPT-2 of 1 M parameters that our pretraining recipe made, real E2E "
+        f"set, {content['finals'][0]['steps']} steps of {base['per_device_train_batch_size']} texts, every test input "
+        f"generated and scored; the best of {len(content['runs']) // len(content['best'])} learning rates by dev loss, "
+        f"then {seeds} seeds of it: mean and range of the loss, mean of the scores, median "
         f"time of the optimizer's step. {content['machine']['cpu']}, torch {content['versions']['torch']}."
     )
 
@@ -159,38 +160,37 @@ def speed_cuda() -> str:
     return f"{table}\n\n{where}Paper: another machine, an A100 80GB (Tables 1 and 3)."
 
 
-# What the learning-rate study calls each job: the sweep's file and a few words.
+# The jobs of the learning-rate study, and the sweeps that have runs of each.
 _JOBS = {
-    "lr_text": "from scratch, clipped",
-    "lr_text_zero": "from scratch, clipped",
-    "lr_text_floor": "from scratch, clipped",
-    "lr_text_noclip": "from scratch, not clipped",
-    "lr_text_wide": "from scratch, twice as wide",
-    "lr_lora": "LoRA, clipped",
-    "lr_lora_zero": "LoRA, clipped",
-    "lr_lora_floor": "LoRA, clipped",
-    "lr_lora_noclip": "LoRA, not clipped",
+    "from scratch, clipped": ("lr_text", "lr_text_zero", "lr_text_floor"),
+    "from scratch, not clipped": ("lr_text_noclip",),
+    "from scratch, twice as wide, clipped": ("lr_text_wide",),
+    "LoRA, clipped": ("lr_lora", "lr_lora_zero", "lr_lora_floor"),
+    "LoRA, not clipped": ("lr_lora_noclip",),
 }
 _OF_BEST = 0.05  # nats: a learning rate whose loss is this close to the best one will do
 
 
 def rates() -> str:
-    """The learning-rate study: of each job and optimizer the best learning rate, its loss, and which others will do."""
-    rows = []
-    for name, job in _JOBS.items():
-        if not (RESULTS / f"{name}.json").exists():
-            continue
-        content = result(name)
-        for run, best in content["best"].items():
-            value = float(best["value"])
-            points = [(r["point"]["learning_rate"], r["value"]) for r in content["runs"] if r["run"] == run]
-            good = [rate for rate, found in points if found is not None and found <= value + _OF_BEST]
-            edge = " (edge)" if best["at_edge"] else ""
-            width = f"{min(good):g} to {max(good):g}" if len(good) > 1 else f"{good[0]:g}"
-            diverged = sum(found is None for _, found in points)
-            rate = f"{best['point']['learning_rate']:g}{edge}"
-            rows.append([f"{job}: {run}", rate, f"{value:.3f}", width, f"{diverged} of {len(points)}"])
-    return markdown(["", "best lr", "loss", f"within {_OF_BEST:g} of it", "diverged"], rows)
+    """The learning-rate study: of each optimizer and job the least loss, where it is, and which other rates will do."""
+    cells: dict[str, dict[str, str]] = {}
+    for job, sweeps in _JOBS.items():
+        for content in map(result, sweeps):
+            for run, best in content["best"].items():
+                value = float(best["value"])
+                points = [(r["point"]["learning_rate"], r["value"]) for r in content["runs"] if r["run"] == run]
+                good = [rate for rate, found in points if found is not None and found <= value + _OF_BEST]
+                diverged = sum(found is None for _, found in points)
+                cells.setdefault(run, {})[job] = (
+                    f"{value:.3f} at {best['point']['learning_rate']:g}{' (edge)' if best['at_edge'] else ''}"
+                    f"{f', {min(good):g} to {max(good):g}' if len(good) > 1 else ''}"
+                    f"{f', {diverged} of {len(points)} div.' if diverged else ''}"
+                )
+    first = [run for run in cells if not run.startswith("SGD-SaI")]
+    rows = [
+        [run, *(cells[run].get(job, "-") for job in _JOBS)] for run in [*first, *(r for r in cells if r not in first)]
+    ]
+    return markdown(["", *_JOBS], rows)
 
 
 def digits() -> str:
@@ -230,16 +230,83 @@ def pretraining() -> str:
     )
 
 
+def architectures() -> str:
+    """Small models from scratch: each optimizer at the best of four learning rates, mean over the seeds."""
+    jobs = {
+        "ViT, CIFAR": "vit_cifar_sweep",
+        "ResNet-18, CIFAR": "resnet18_cifar_sweep",
+        "ConvNeXt, CIFAR": "convnext_cifar_sweep",
+        "LSTM, text": "lstm_sweep",
+    }
+    contents = {job: result(name) for job, name in jobs.items()}
+    rows = []
+    for run in next(iter(contents.values()))["best"]:
+        cells = []
+        for content in contents.values():
+            best = content["best"][run]
+            found = [row["value"] for row in content["finals"] if row["run"] == run]
+            as_text = _percent if larger_is_better(content["metric"]) else "{:.3f}".format
+            spread = (
+                "div."
+                if None in found
+                else f"{as_text(statistics.fmean(found))} ({as_text(min(found))} to {as_text(max(found))})"
+            )
+            rate = f"{best['point']['learning_rate']:g}{' (edge)' if best['at_edge'] else ''}"
+            cells.append(f"{spread} at {rate}")
+        rows.append([run, *cells])
+    table = markdown(["", *(f"{job}{'' if job.startswith('LSTM') else ', top-1 %'}" for job in jobs)], rows)
+    content = contents["LSTM, text"]
+    seeds = len({row["seed"] for row in content["finals"]})
+    return (
+        f"{table}\n\nThe best of {len(content['runs']) // len(content['best'])} learning rates each, then {seeds} seeds of "
+        f"it: mean and range, for the LSTM of the loss. {content['machine']['cpu']}, torch {content['versions']['torch']}."
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def robust() -> str:
+    """The paper's Table 2 for the small ViT on digits: best accuracy, and that over the whole grid."""
+    content = result("digits_robust")
+    rows = []
+    for run, best in content["best"].items():
+        grid = [100 * (row["value"] or 0.0) for row in content["runs"] if row["run"] == run]
+        peak = [100 * (row["value"] or 0.0) for row in content["finals"] if row["run"] == run]
+        near = sum(value >= 100 * float(best["value"]) - 5 for value in grid)
+        at = ", ".join(f"{axis.replace('_', ' ')} {value:g}" for axis, value in best["point"].items())
+        rows.append(
+            [
+                run,
+                f"{statistics.fmean(peak):.1f} ± {statistics.stdev(peak):.1f}",
+                f"{statistics.fmean(grid):.1f} ± {statistics.stdev(grid):.1f}",
+                f"{near} of {len(grid)}",
+                f"{at}{' (edge)' if 'learning_rate' in best['at_edge'] else ''}",
+            ]
+        )
+    table = markdown(["", "peak, %", "over the grid, %", "within 5 of its best", "best at"], rows)
+    seeds = len({row["seed"] for row in content["finals"]})
+    return (
+        f"{table}\n\nTop-1: mean and standard deviation over {seeds} seeds of the best point, and over the points of the "
+        f"grid; a run that diverges counts as 0. {content['machine']['cpu']}, torch {content['versions']['torch']}."
+    )
+
+
 def pareto() -> str:
     """Optimizer state against loss: each optimizer at the best of its learning rates, the least loss first."""
-    content = result("pareto_text")
+    text, lora = result("pareto_text"), result("pareto_lora")
     rows = []
-    for run, best in sorted(content["best"].items(), key=lambda item: float(item[1]["value"])):
-        sizes = [r["optimizer_state_bytes"] for r in content["runs"] if r["run"] == run]
-        rate = f"{best['point']['learning_rate']:g}{' (edge)' if best['at_edge'] else ''}"
-        rows.append([run, f"{best['value']:.3f}", rate, f"{sizes[0] / 1e3:.0f}"])
-    table = markdown(["", "loss", "best lr", "state kB"], rows)
-    machine, version = content["machine"]["cpu"], content["versions"]["torch"]
+    for run, best in sorted(text["best"].items(), key=lambda item: float(item[1]["value"])):
+        cells = []
+        for content in (text, lora):
+            best = content["best"][run]
+            sizes = [r["optimizer_state_bytes"] for r in content["runs"] if r["run"] == run]
+            rate = f"{best['point']['learning_rate']:g}{' (edge)' if best['at_edge'] else ''}"
+            cells += [f"{best['value']:.3f}", rate, f"{sizes[0] / 1e3:.0f}"]
+        rows.append([run, *cells])
+    table = markdown(["", "from scratch: loss", "best lr", "state kB", "LoRA: loss", "best lr", "state kB"], rows)
+    machine, version = text["machine"]["cpu"], text["versions"]["torch"]
     return f"{table}\n\nThree learning rates each, one seed; {machine}, torch {version}."
 
 
@@ -287,6 +354,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "diffusion": diffusion,
     "rates": rates,
     "digits": digits,
+    "robust": robust,
+    "architectures": architectures,
     "pareto": pareto,
     "gsnr": gsnr,
     "pretraining": pretraining,

@@ -314,6 +314,7 @@ def report(sweep: Sweep, file: str) -> dict[str, Any]:
         "command": f"python recipes/sweep.py recipes/configs/{Path(file).name}",
         "recipe": sweep.recipe,
         "base": Path(sweep.base).name,
+        "base_options": {k: v for k, v in read_yaml(sweep.base).items() if not _is_path(v)},
         "options": {k: v for k, v in sweep.options.items() if not _is_path(v)},
         "metric": sweep.metric,
         "planned": len(planned(sweep)),

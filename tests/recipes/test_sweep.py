@@ -20,6 +20,7 @@ from recipes.gpt2_lora_e2e import E2EArguments
 from recipes.gpt2_pretrain import read_config
 from recipes.image_data import ImageArguments
 from recipes.image_models import ImageModelArguments
+from recipes.lstm_text import LSTMArguments
 from recipes.optimizers import RecipeArguments
 from recipes.sweep import Sweep, best_points, do, finals, planned, report, row_of
 from recipes.sweep_report import curves, larger_is_better, pareto, pareto_front
@@ -28,7 +29,7 @@ from recipes.sweep_report import curves, larger_is_better, pareto, pareto_front
 def content(folder: Path, **changes):
     return {
         "recipe": "gpt2_pretrain",
-        "base": "base.yaml",
+        "base": str(folder / "base.yaml"),
         "grid": {"learning_rate": ["1e-3", "1e-2", "1e-1"]},
         "runs": {
             "ours": {"options": {"optim": "sgd_sai"}},
@@ -42,6 +43,8 @@ def content(folder: Path, **changes):
 
 def read(folder: Path, **changes) -> Sweep:
     (folder / "s.yaml").write_text(yaml.safe_dump(content(folder, **changes)))
+    if not (folder / "base.yaml").exists():
+        (folder / "base.yaml").write_text("seed: 0\ntrain_files: [a/b.txt]\n")
     return Sweep.read(folder / "s.yaml")
 
 
@@ -137,6 +140,7 @@ def test_sweep_goes_on_where_it_stopped_and_repeats_the_best_at_length(tmp_path,
     found = json.loads((tmp_path / "results" / "name.json").read_text())
     assert found["best"]["ours"] == {"point": {"learning_rate": 0.01}, "value": 3.0, "at_edge": []}
     assert [r["value"] for r in found["runs"]] == [4.0, 3.0, None, 4.0]
+    assert found["base_options"] == {"seed": 0}  # and no path of this machine
     assert [(r["run"], r["seed"], r["steps"], r["value"]) for r in found["finals"]] == [
         *(("ours", 0, 9, 3.0), ("ours", 1, 9, 4.0), ("theirs", 0, 9, None), ("theirs", 1, 9, None)),
     ]
@@ -217,6 +221,8 @@ def test_every_shipped_sweep_plans_runs_that_its_recipe_takes(path: Path, tmp_pa
             read_config(words)
         elif sweep.recipe == "gpt2_lora_e2e":
             parse_config([E2EArguments, RecipeArguments], words)
+        elif sweep.recipe == "lstm_text":
+            parse_config([LSTMArguments, ClassifierArguments], words)
         else:
             parse_config([ImageArguments, ImageModelArguments, ClassifierArguments], words)
 
