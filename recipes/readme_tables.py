@@ -16,6 +16,7 @@ from typing import Any
 from hf_sai.bench.paper import TABLES_1_AND_3
 from hf_sai.bench.shapes import model
 from recipes.common import write_text
+from recipes.sweep_report import larger_is_better
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "recipes" / "results"
@@ -186,11 +187,8 @@ def rates() -> str:
                     f"{f', {min(good):g} to {max(good):g}' if len(good) > 1 else ''}"
                     f"{f', {diverged} of {len(points)} div.' if diverged else ''}"
                 )
-    first = [run for run in cells if not run.startswith("SGD-SaI")]
-    rows = [
-        [run, *(cells[run].get(job, "-") for job in _JOBS)] for run in [*first, *(r for r in cells if r not in first)]
-    ]
-    return markdown(["", *_JOBS], rows)
+    theirs_first = sorted(cells, key=lambda run: run.startswith("SGD-SaI"))
+    return markdown(["", *_JOBS], [[run, *(cells[run].get(job, "-") for job in _JOBS)] for run in theirs_first])
 
 
 def digits() -> str:
@@ -258,8 +256,9 @@ def architectures() -> str:
     content = contents["LSTM, text"]
     seeds = len({row["seed"] for row in content["finals"]})
     return (
-        f"{table}\n\nThe best of {len(content['runs']) // len(content['best'])} learning rates each, then {seeds} seeds of "
-        f"it: mean and range, for the LSTM of the loss. {content['machine']['cpu']}, torch {content['versions']['torch']}."
+        f"{table}\n\nThe best of {len(content['runs']) // len(content['best'])} learning rates each, then {seeds} seeds "
+        f"of it: mean and range, for the LSTM of the loss. {content['machine']['cpu']}, torch "
+        f"{content['versions']['torch']}."
     )
 
 
@@ -288,8 +287,8 @@ def robust() -> str:
     table = markdown(["", "peak, %", "over the grid, %", "within 5 of its best", "best at"], rows)
     seeds = len({row["seed"] for row in content["finals"]})
     return (
-        f"{table}\n\nTop-1: mean and standard deviation over {seeds} seeds of the best point, and over the points of the "
-        f"grid; a run that diverges counts as 0. {content['machine']['cpu']}, torch {content['versions']['torch']}."
+        f"{table}\n\nTop-1: mean and standard deviation over {seeds} seeds of the best point, and over the points of "
+        f"the grid; a run that diverges counts as 0. {content['machine']['cpu']}, torch {content['versions']['torch']}."
     )
 
 
