@@ -254,11 +254,10 @@ def architectures() -> str:
         rows.append([run, *cells])
     table = markdown(["", *(f"{job}{'' if job.startswith('LSTM') else ', top-1 %'}" for job in jobs)], rows)
     content = contents["LSTM, text"]
-    seeds = len({row["seed"] for row in content["finals"]})
+    seeds, tries = len({row["seed"] for row in content["finals"]}), len(content["runs"]) // len(content["best"])
     return (
-        f"{table}\n\nThe best of {len(content['runs']) // len(content['best'])} learning rates each, then {seeds} seeds "
-        f"of it: mean and range, for the LSTM of the loss. {content['machine']['cpu']}, torch "
-        f"{content['versions']['torch']}."
+        f"{table}\n\nThe best of {tries} learning rates each, then {seeds} seeds of it: mean and range, for the LSTM "
+        f"of the loss. {content['machine']['cpu']}, torch {content['versions']['torch']}."
     )
 
 
