@@ -180,9 +180,10 @@ def sgd_sai_from_args(args: TrainingArguments) -> tuple[type[SGDSaI], dict[str, 
 
     Args:
         args: ``learning_rate``, ``weight_decay`` and ``optim_args`` are read, nothing else: the Adam betas do not
-            apply. ``optim_args`` is a string such as ``"momentum=0.9,eps=1e-8,scaling=adamw,momentum_dtype=bfloat16"``
-            whose keys are the other hyper-parameters of :class:`SGDSaI`. ``scaling`` is ``"adamw"`` by default,
-            because ``learning_rate`` and ``weight_decay`` are in AdamW's units here.
+            apply. ``optim_args`` is a string such as ``"momentum=0.9,clip_threshold=1,momentum_dtype=bfloat16"`` whose
+            keys are the other hyper-parameters of :class:`SGDSaI`. ``scaling`` is ``"floor"`` by default, because
+            ``learning_rate`` and ``weight_decay`` are in AdamW's units here, and ``momentum_init`` is ``"zero"`` with
+            ``"floor"`` and ``"adamw"``, ``"gradient"`` with the paper's scalings: what measured best, see the README.
 
     Returns:
         :class:`SGDSaI` and its keyword arguments.
@@ -205,8 +206,7 @@ def _kwargs_from_args(args: TrainingArguments) -> tuple[dict[str, Any], bool]:
     kwargs = {
         "lr": args.learning_rate,
         "weight_decay": args.weight_decay,
-        "scaling": _DEFAULTS["scaling"],
-        **parse_optim_args(args.optim_args),
+        **_with_defaults(parse_optim_args(args.optim_args)),
     }
     release = kwargs.pop("release_gradients", False)
     check_group({**_DEFAULTS, **kwargs})
@@ -297,7 +297,7 @@ def parse_optim_args(optim_args: str | None) -> dict[str, Any]:
         if key in parsed:
             raise ValueError(f"optim_args sets {key} twice in {optim_args!r}; leave one of them out")
         parsed[key] = _CASTS[key](key, value)
-    check_group({**_DEFAULTS, **parsed})
+    check_group({**_DEFAULTS, **_with_defaults(parsed)})
     return parsed
 
 
@@ -347,7 +347,13 @@ _DEFAULTS = {
     name: parameter.default
     for name, parameter in inspect.signature(SGDSaI).parameters.items()
     if parameter.default is not parameter.empty
-} | {"scaling": "adamw"}
+}
+
+
+def _with_defaults(parsed: dict[str, Any]) -> dict[str, Any]:
+    """What was asked for, and the rest as training arguments have it: AdamW's units, or all of the paper's method."""
+    scaling = parsed.get("scaling", "floor")
+    return {"scaling": scaling, "momentum_init": "zero" if scaling in ADAMW_UNITS else "gradient", **parsed}
 
 
 def _warn_if_nothing_will_train(args: TrainingArguments, scaling: str) -> None:

@@ -49,7 +49,7 @@ def expected() -> list[Tensor]:
         {"params": [p for p in model.parameters() if p.dim() == 2], "weight_decay": 0.1},
         {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
     ]
-    optimizer = SGDSaI(groups, lr=3e-3, momentum=0.8, scaling="adamw")
+    optimizer = SGDSaI(groups, lr=3e-3, momentum=0.8, scaling="floor", momentum_init="zero")
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: step / 2 if step < 2 else (STEPS - step) / (STEPS - 2)
     )
@@ -87,13 +87,15 @@ def quiet(cls: type[TrainingArguments] = TrainingArguments, **settings: Any) -> 
 
 def test_from_args_reads_only_what_applies() -> None:
     args = quiet(learning_rate=1e-3, weight_decay=0.03, adam_beta1=0.5, adam_beta2=0.6, adam_epsilon=0.7)
-    assert sgd_sai_from_args(args) == (SGDSaI, {"lr": 1e-3, "weight_decay": 0.03, "scaling": "adamw"})
+    default = {"scaling": "floor", "momentum_init": "zero"}
+    assert sgd_sai_from_args(args) == (SGDSaI, {"lr": 1e-3, "weight_decay": 0.03, **default})
 
 
 def test_from_args_passes_optim_args_on() -> None:
     cls, kwargs = sgd_sai_from_args(quiet(learning_rate=1e-2, optim_args="scaling=raw,momentum_dtype=bfloat16"))
     group = cls([nn.Parameter(torch.ones(2))], **kwargs).param_groups[0]
     assert (group["scaling"], group["momentum_dtype"], group["lr"]) == ("raw", torch.bfloat16, 1e-2)
+    assert group["momentum_init"] == "gradient"  # all of the paper's method, not half of it
 
 
 def test_create_sgd_sai_groups_and_schedules_as_the_trainer_does() -> None:
@@ -150,7 +152,7 @@ def test_optim_args_cover_the_optimizers_hyperparameters() -> None:
         ("stochastic_rounding=FALSE", {"stochastic_rounding": False}),
         ("momentum_dtype=none", {"momentum_dtype": None}),
         ("momentum_init=Zero", {"momentum_init": "zero"}),
-        ("clip_threshold=1", {"clip_threshold": 1.0}),  # the Trainer's scaling is "adamw"
+        ("clip_threshold=1", {"clip_threshold": 1.0}),  # the Trainer's scaling knows AdamW's units
         ("scaling=raw,clip_threshold=none", {"scaling": "raw", "clip_threshold": None}),
     ],
 )
@@ -221,7 +223,7 @@ def test_paper_units_with_the_default_learning_rate_warn(
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"optim_args": "scaling=floor"}, {"learning_rate": 1e-2, "optim_args": "scaling=raw"}]
+    "settings", [{}, {"optim_args": "scaling=adamw"}, {"learning_rate": 1e-2, "optim_args": "scaling=raw"}]
 )
 def test_sensible_units_do_not_warn(settings: dict[str, Any]) -> None:
     with warnings.catch_warnings():
@@ -281,7 +283,13 @@ def test_set_optimizer() -> None:
     args = quiet(SaITrainingArguments, optim="adamw_torch")
     assert args.set_optimizer(learning_rate=1e-3, weight_decay=0.2, args="momentum=0.7") is args
     assert args.optim == "sgd_sai"
-    assert sgd_sai_from_args(args)[1] == {"lr": 1e-3, "weight_decay": 0.2, "scaling": "adamw", "momentum": 0.7}
+    assert sgd_sai_from_args(args)[1] == {
+        "lr": 1e-3,
+        "weight_decay": 0.2,
+        "momentum": 0.7,
+        "scaling": "floor",
+        "momentum_init": "zero",
+    }
     assert args.set_optimizer("adafactor").optim is OptimizerNames.ADAFACTOR
 
 

@@ -45,7 +45,7 @@ def trained(trainer: Any) -> dict[str, Tensor]:
         assert rows[name].calibrated, name
         assert not torch.equal(p, before[name]), name
     group = trainer.optimizer.param_groups[0]
-    assert (group["scaling"], group["weight_decay"]) == ("adamw", 0.1)
+    assert (group["scaling"], group["weight_decay"]) == ("floor", 0.1)
     return after
 
 

@@ -260,7 +260,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, optim: str,
 def test_bare_loop_default_is_in_adamw_units() -> None:
     optimizer = build_optimizer(nn.Linear(2, 2), OptimizerArguments(learning_rate=3e-4))
     assert isinstance(optimizer, SGDSaI)
-    assert (optimizer.defaults["scaling"], optimizer.defaults["lr"]) == ("adamw", 3e-4)
+    assert (optimizer.defaults["scaling"], optimizer.defaults["lr"]) == ("floor", 3e-4)
 
 
 @pytest.mark.parametrize("warmup", [5, 0.1])
