@@ -161,7 +161,14 @@ def finals(sweep: Sweep, rows: list[dict[str, Any]]) -> list[Run]:
         return []
     more, seeds = sweep.final.get("options") or {}, sweep.final.get("seeds") or sweep.seeds
     best = best_points(rows, sweep.metric)
-    return [_run(sweep, name, best[name]["point"], seed, more, "_final") for name in best for seed in seeds]
+    # As the file writes it: a run of the grid that has the same options and seed is not done again.
+    points = {
+        name: next(
+            r.point for r in planned(sweep) if r.name == name and _numbers(r.point) == _numbers(best[name]["point"])
+        )
+        for name in best
+    }
+    return [_run(sweep, name, points[name], seed, more, "_final") for name in best for seed in seeds]
 
 
 def best_points(rows: list[dict[str, Any]], metric: str) -> dict[str, dict[str, Any]]:
@@ -239,7 +246,7 @@ def row_of(run: Run, metric: str, earlier: Mapping[str, dict[str, Any]] | None =
     speed = record.get("speed") or record.get("time") or {}
     return {
         "run": run.name,
-        "point": {key: float(v) if _is_number(v) else v for key, v in run.point.items()},
+        "point": _numbers(run.point),
         "seed": run.seed,
         "value": value if finite else None,  # None: diverged
         **({"scores": record["scores"]} if record.get("scores") else {}),
@@ -251,6 +258,10 @@ def row_of(run: Run, metric: str, earlier: Mapping[str, dict[str, Any]] | None =
         "cpu": (record.get("machine") or {}).get("cpu"),
         "options": run.digest,
     }
+
+
+def _numbers(point: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: float(value) if _is_number(value) else value for key, value in point.items()}
 
 
 def earlier_rows(sweep: Sweep) -> dict[str, dict[str, Any]]:

@@ -135,7 +135,7 @@ def test_sweep_goes_on_where_it_stopped_and_repeats_the_best_at_length(tmp_path,
         engine.main()
     assert made == [
         *("ours_1e-3", "theirs_0.5", "ours_1e-2", "theirs_1.0", "ours_1e-1"),
-        *("ours_0.01_final", "ours_0.01_seed1_final", "theirs_1.0_final", "theirs_1.0_seed1_final"),
+        *("ours_1e-2_final", "ours_1e-2_seed1_final", "theirs_1.0_final", "theirs_1.0_seed1_final"),
     ]
     found = json.loads((tmp_path / "results" / "name.json").read_text())
     assert found["best"]["ours"] == {"point": {"learning_rate": 0.01}, "value": 3.0, "at_edge": []}
@@ -162,6 +162,15 @@ def test_sweep_goes_on_where_it_stopped_and_repeats_the_best_at_length(tmp_path,
     assert json.loads((tmp_path / "results" / "name.json").read_text())["runs"] == found["runs"]
     sweep.options["max_steps"] = 4  # a row made with other options does not count
     assert len(list(do(sweep, planned(sweep)))) == 5
+
+
+def test_seeds_of_the_best_do_not_repeat_the_run_of_the_grid(tmp_path, made, monkeypatch):
+    read(tmp_path, final={"seeds": [0, 1]}, runs={"ours": {"options": {"optim": "sgd_sai"}}})
+    monkeypatch.setattr("sys.argv", ["sweep.py", str(tmp_path / "s.yaml")])
+    engine.main()
+    assert made == ["ours_1e-3", "ours_1e-2", "ours_1e-1", "ours_1e-2_seed1_final"]
+    found = json.loads((tmp_path / "results" / "name.json").read_text())
+    assert [(row["seed"], row["value"]) for row in found["finals"]] == [(0, 3.0), (1, 4.0)]
 
 
 def test_unfinished_run_with_other_options_is_not_taken_over(tmp_path, made):
