@@ -104,6 +104,8 @@ RIVALS: dict[str, Rival] = {
     ),
     "sgd_sai_bf16": Rival("SGD-SaI (hf_sai), bfloat16 momentum", _sgd_sai(momentum_dtype="bfloat16"), "SGD-SaI"),
     "sgd_sai_int8": Rival("SGD-SaI (hf_sai), int8 momentum", _sgd_sai(momentum_dtype="int8"), "SGD-SaI"),
+    # What the Trainer's default is once it has calibrated, and the pass that clips; the gradients here never grow.
+    "sgd_sai_clip": Rival("SGD-SaI (hf_sai), clip_threshold", _sgd_sai(scaling="floor", clip_threshold=1.0), "SGD-SaI"),
     "sgd_sai_authors": Rival("SGD-SaI (authors' release)", _authors, "SGD-SaI"),
     "sgd_foreach": Rival("SGD momentum, foreach", _of(_SGD, foreach=True), "SGDM"),
     "sgd_fused": Rival("SGD momentum, fused", _of(_SGD, fused=True), "SGDM"),
