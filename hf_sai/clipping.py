@@ -49,19 +49,22 @@ def _factors(
     blocks: Sequence["Taking"], locals_: Sequence[Tensor | None], device: torch.device, grad_scale: Tensor | None
 ) -> Tensor:
     """(blocks,) float32: what each gradient is to be multiplied by, at most 1."""
-    norms = torch.zeros(len(blocks), dtype=torch.float32, device=device)
+    # Python numbers go into kernels as they are; a tensor made of them, or an index, would be a copy from the host.
     here = [i for i, g in enumerate(locals_) if g is not None and g.numel()]
+    norms = [torch.zeros((), dtype=torch.float32, device=device) for _ in blocks]
     if here:
-        found = torch._foreach_norm([g for g in locals_ if g is not None and g.numel()], 2, dtype=torch.float32)
-        norms[here] = torch.stack(list(found))
+        gradients = [g for g in locals_ if g is not None and g.numel()]
+        for i, norm in zip(here, torch._foreach_norm(gradients, 2, dtype=torch.float32), strict=True):
+            norms[i] = norm
     for group, (members, where) in reduction_groups([t.param for t in blocks]).items():
-        squares = norms[members].to(where, torch.float64).square()
+        squares = torch.stack([norms[i] for i in members]).to(where, torch.float64).square()
         torch.distributed.all_reduce(squares, group=group)
-        norms[members] = squares.sqrt().to(device, torch.float32)
-    roots = torch.tensor([math.sqrt(t.param.numel()) for t in blocks], dtype=torch.float32, device=device)
-    rms = norms / roots
+        for i, norm in zip(members, squares.sqrt().to(device, torch.float32).unbind(), strict=True):
+            norms[i] = norm
+    per_threshold = [1.0 / (math.sqrt(t.param.numel()) * t.group["clip_threshold"]) for t in blocks]
+    updates = torch.stack(list(torch._foreach_mul(norms, per_threshold))) * torch.stack(
+        [t.state["scale"] for t in blocks]
+    )
     if grad_scale is not None:
-        rms = rms / grad_scale.to(device)
-    scales = torch.stack([t.state["scale"] for t in blocks])
-    thresholds = torch.tensor([t.group["clip_threshold"] for t in blocks], dtype=torch.float32, device=device)
-    return torch.where(rms.isnan(), 1.0, (thresholds / (scales * rms)).clamp(max=1.0))
+        updates = updates / grad_scale.to(device)
+    return torch.where(updates.isnan(), 1.0, updates.reciprocal().clamp(max=1.0))

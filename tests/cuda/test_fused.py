@@ -102,7 +102,7 @@ def parameters(dtype: torch.dtype = torch.float32, device: str = "cuda") -> list
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum_dtype": "int8"}, {"momentum_dtype": "bfloat16"}, {"momentum": 0.0}])
-@pytest.mark.parametrize("scaling", ["raw", "max", "adamw"])
+@pytest.mark.parametrize("scaling", ["raw", "max", "adamw", "floor"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_whole_training_equals_the_cpu(dtype: torch.dtype, scaling: str, options: dict[str, Any]) -> None:
     here, there = parameters(dtype), parameters(dtype, "cpu")
@@ -120,7 +120,9 @@ def test_whole_training_equals_the_cpu(dtype: torch.dtype, scaling: str, options
         torch.testing.assert_close(p.cpu(), q, rtol=4 * torch.finfo(dtype).eps, atol=1e-5 + level)
 
 
-@pytest.mark.parametrize("options", [{}, {"momentum_dtype": "int8"}, {"lr": "tensor"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum_dtype": "int8"}, {"lr": "tensor"}, {"scaling": "floor", "clip_threshold": 0.1}]
+)
 def test_no_host_synchronisation_after_calibration(options: dict[str, Any]) -> None:
     params = parameters(torch.bfloat16)
     options = {**options, "lr": torch.tensor(0.01, device="cuda")} if "lr" in options else options
