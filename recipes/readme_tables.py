@@ -229,7 +229,7 @@ def pretraining() -> str:
 
 
 def architectures() -> str:
-    """Small models from scratch: each optimizer at the best of four learning rates, mean over the seeds."""
+    """Small models from scratch: each optimizer at the best of its learning rates, mean and range over the seeds."""
     jobs = {
         "ViT, CIFAR": "vit_cifar_sweep",
         "ResNet-18, CIFAR": "resnet18_cifar_sweep",
@@ -242,22 +242,19 @@ def architectures() -> str:
         cells = []
         for content in contents.values():
             best = content["best"][run]
-            found = [row["value"] for row in content["finals"] if row["run"] == run]
+            found = [row["value"] for row in content["finals"] if row["run"] == run] or [best["value"]]
             as_text = _percent if larger_is_better(content["metric"]) else "{:.3f}".format
-            spread = (
-                "div."
-                if None in found
-                else f"{as_text(statistics.fmean(found))} ({as_text(min(found))} to {as_text(max(found))})"
-            )
+            value = "div." if None in found else as_text(statistics.fmean(found))
+            spread = f" ({as_text(min(found))} to {as_text(max(found))})" if len(found) > 1 and None not in found else ""
             rate = f"{best['point']['learning_rate']:g}{' (edge)' if best['at_edge'] else ''}"
-            cells.append(f"{spread} at {rate}")
+            cells.append(f"{value}{spread} at {rate}")
         rows.append([run, *cells])
-    table = markdown(["", *(f"{job}{'' if job.startswith('LSTM') else ', top-1 %'}" for job in jobs)], rows)
+    table = markdown(["", *(f"{job}: {'loss' if 'LSTM' in job else 'top-1 %'}" for job in jobs)], rows)
+    tries = " or ".join(sorted({str(len(c["runs"]) // len(c["best"])) for c in contents.values()}))
     content = contents["LSTM, text"]
-    seeds, tries = len({row["seed"] for row in content["finals"]}), len(content["runs"]) // len(content["best"])
     return (
-        f"{table}\n\nThe best of {tries} learning rates each, then {seeds} seeds of it: mean and range, for the LSTM "
-        f"of the loss. {content['machine']['cpu']}, torch {content['versions']['torch']}."
+        f"{table}\n\nThe best of {tries} learning rates each; where a range is given, mean and range over the seeds. "
+        f"{content['machine']['cpu']}, torch {content['versions']['torch']}."
     )
 
 
