@@ -245,7 +245,8 @@ def architectures() -> str:
             found = [row["value"] for row in content["finals"] if row["run"] == run] or [best["value"]]
             as_text = _percent if larger_is_better(content["metric"]) else "{:.3f}".format
             value = "div." if None in found else as_text(statistics.fmean(found))
-            spread = f" ({as_text(min(found))} to {as_text(max(found))})" if len(found) > 1 and None not in found else ""
+            whole = len(found) > 1 and None not in found
+            spread = f" ({as_text(min(found))} to {as_text(max(found))})" if whole else ""
             rate = f"{best['point']['learning_rate']:g}{' (edge)' if best['at_edge'] else ''}"
             cells.append(f"{value}{spread} at {rate}")
         rows.append([run, *cells])
