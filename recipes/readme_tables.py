@@ -29,6 +29,11 @@ def result(name: str) -> dict[str, Any]:
     return found
 
 
+def best_rate(best: dict[str, Any]) -> str:
+    """A sweep's best learning rate of an optimizer, and whether a better one may lie outside the grid."""
+    return f"{best['point']['learning_rate']:g}{' (edge)' if best['at_edge'] else ''}"
+
+
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table whose first column is text and whose others are numbers."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
@@ -41,7 +46,7 @@ def e2e() -> str:
     rows = []
     for run, best in content["best"].items():
         finals = [row for row in content["finals"] if row["run"] == run]
-        rate = f"{best['point']['learning_rate']:g}{' (edge)' if best['at_edge'] else ''}"
+        rate = best_rate(best)
         losses = [row["value"] for row in finals]
         if not finals or None in losses:
             lost = f"{sum(x is None for x in losses)} of {len(finals)} seeds diverged" if finals else "not run"
@@ -183,7 +188,7 @@ def rates() -> str:
                 good = [rate for rate, found in points if found is not None and found <= value + _OF_BEST]
                 diverged = sum(found is None for _, found in points)
                 cells.setdefault(run, {})[job] = (
-                    f"{value:.3f} at {best['point']['learning_rate']:g}{' (edge)' if best['at_edge'] else ''}"
+                    f"{value:.3f} at {best_rate(best)}"
                     f"{f', {min(good):g} to {max(good):g}' if len(good) > 1 else ''}"
                     f"{f', {diverged} of {len(points)} div.' if diverged else ''}"
                 )
@@ -247,8 +252,7 @@ def architectures() -> str:
             value = "div." if None in found else as_text(statistics.fmean(found))
             whole = len(found) > 1 and None not in found
             spread = f" ({as_text(min(found))} to {as_text(max(found))})" if whole else ""
-            rate = f"{best['point']['learning_rate']:g}{' (edge)' if best['at_edge'] else ''}"
-            cells.append(f"{value}{spread} at {rate}")
+            cells.append(f"{value}{spread} at {best_rate(best)}")
         rows.append([run, *cells])
     table = markdown(["", *(f"{job}: {'loss' if 'LSTM' in job else 'top-1 %'}" for job in jobs)], rows)
     tries = " or ".join(sorted({str(len(c["runs"]) // len(c["best"])) for c in contents.values()}))
@@ -298,8 +302,7 @@ def pareto() -> str:
         for content in (text, lora):
             best = content["best"][run]
             sizes = [r["optimizer_state_bytes"] for r in content["runs"] if r["run"] == run]
-            rate = f"{best['point']['learning_rate']:g}{' (edge)' if best['at_edge'] else ''}"
-            cells += [f"{best['value']:.3f}", rate, f"{sizes[0] / 1e3:.0f}"]
+            cells += [f"{best['value']:.3f}", best_rate(best), f"{sizes[0] / 1e3:.0f}"]
         rows.append([run, *cells])
     table = markdown(["", "from scratch: loss", "best lr", "state kB", "LoRA: loss", "best lr", "state kB"], rows)
     machine, version = text["machine"]["cpu"], text["versions"]["torch"]
