@@ -18,13 +18,13 @@ from typing import Any
 from recipes.common import UserError, run_main, write_bytes
 
 
-def _figure(width: float, height: float, rows: int, columns: int) -> tuple[Any, Any]:
+def _figure(width: float, height: float) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)  # no global state, no display
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    return figure
 
 
 def _save(figure: Any, path: Path) -> None:
@@ -50,33 +50,38 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
     names = list(dict.fromkeys(row["run"] for row in rows))
     axes = list(dict.fromkeys(axis for row in rows for axis in row["point"]))
     second = [axis for axis in axes if axis != "learning_rate"]
-    figure, panels = _figure(
-        11, 4.2 if not second else 7.2, 2 if second else 1, 2 if not second else max(2, len(names))
-    )
-    top = panels[0]
+    lines = math.ceil(len(names) / _MAPS) if second else 0
+    figure = _figure(11, 4.2 + 2.2 * lines)
+    cells = figure.add_gridspec(1 + lines, _MAPS, height_ratios=[4.2, *[2.2] * lines])
+    over, spread = figure.add_subplot(cells[0, : _MAPS // 2]), figure.add_subplot(cells[0, _MAPS // 2 :])
     for number, (name, points) in enumerate(curves(rows, "learning_rate").items()):
-        top[0].plot(*zip(*points, strict=True), marker="o", ms=4, color=f"C{number}", label=name)
-    top[0].set_xscale("log")
-    top[0].set_xlabel("learning rate, each in its own units")
-    top[0].set_ylabel(metric)
-    top[0].grid(alpha=0.3)
-    top[0].legend(fontsize="small")
-    spread = [[row["value"] for row in rows if row["run"] == name and row["value"] is not None] for name in names]
-    top[1].boxplot(spread, orientation="horizontal", whis=(0, 100))
-    top[1].set_yticks(range(1, len(names) + 1), names)
-    top[1].invert_yaxis()
-    top[1].set_xlabel(f"{metric} over the whole grid (diverged runs left out)")
-    top[1].grid(alpha=0.3)
-    for panel in top[2:]:
-        panel.set_axis_off()
+        over.plot(*zip(*points, strict=True), marker="o", ms=4, color=f"C{number}", label=name)
+    over.set_xscale("log")
+    over.set_xlabel("learning rate, each in its own units")
+    over.set_ylabel(metric)
+    over.grid(alpha=0.3)
+    over.legend(fontsize="small")
+    values = [[row["value"] for row in rows if row["run"] == name and row["value"] is not None] for name in names]
+    spread.boxplot(values, orientation="horizontal", whis=(0, 100))
+    spread.set_yticks(range(1, len(names) + 1), names)
+    spread.invert_yaxis()
+    spread.set_xlabel(f"{metric} over the whole grid (diverged runs left out)")
+    spread.grid(alpha=0.3)
     if second:
-        _heat_maps(panels[1], rows, names, second[0], metric)
+        panels = [figure.add_subplot(cells[1 + i // _MAPS, i % _MAPS]) for i in range(len(names))]
+        _heat_maps(panels, rows, names, second[0], larger_is_better(metric))
     _save(figure, path)
 
 
-def _heat_maps(panels: Any, rows: Sequence[Mapping[str, Any]], names: list[str], second: str, metric: str) -> None:
+_MAPS = 4  # in a line
+
+
+def _heat_maps(
+    panels: Sequence[Any], rows: Sequence[Mapping[str, Any]], names: Sequence[str], second: str, share: bool
+) -> None:
     values = [row["value"] for row in rows if row["value"] is not None]
-    for panel, name in zip(panels, names, strict=False):
+    middle = (min(values, default=0.0) + max(values, default=0.0)) / 2
+    for number, (panel, name) in enumerate(zip(panels, names, strict=True)):
         own = [row for row in rows if row["run"] == name]
         xs = sorted({row["point"]["learning_rate"] for row in own})
         ys = sorted({row["point"][second] for row in own})
@@ -85,22 +90,22 @@ def _heat_maps(panels: Any, rows: Sequence[Mapping[str, Any]], names: list[str],
             if row["value"] is not None:
                 grid[ys.index(row["point"][second])][xs.index(row["point"]["learning_rate"])] = row["value"]
         panel.imshow(grid, vmin=min(values), vmax=max(values), aspect="auto", cmap="viridis")
-        panel.set_xticks(range(len(xs)), [f"{x:g}" for x in xs], rotation=60, fontsize=7)
+        panel.set_xticks(range(len(xs)), [f"{x:g}" for x in xs], fontsize=7)
         panel.set_yticks(range(len(ys)), [f"{y:g}" for y in ys], fontsize=7)
         panel.set_title(name, fontsize=9)
-        panel.set_xlabel("learning rate")
+        panel.set_xlabel("learning rate", fontsize=8)
+        if number % _MAPS == 0:
+            panel.set_ylabel(second, fontsize=8)
         for y, line in enumerate(grid):
             for x, value in enumerate(line):
-                text = "div." if math.isnan(value) else f"{value:.3g}"
-                panel.text(x, y, text, ha="center", va="center", fontsize=6, color="w")
-    panels[0].set_ylabel(second)
-    for panel in panels[len(names) :]:
-        panel.set_axis_off()
+                text = "div." if math.isnan(value) else f"{100 * value:.0f} %" if share else f"{value:.3g}"
+                panel.text(x, y, text, ha="center", va="center", fontsize=7, color="k" if value > middle else "w")
 
 
 def pareto(contents: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Optimizer state bytes against the best value, a panel a sweep; runs that no other beats in both are joined."""
-    figure, panels = _figure(6.4 * len(contents), 4.6, 1, len(contents))
+    figure = _figure(6.4 * len(contents), 4.6)
+    panels = figure.subplots(1, len(contents), squeeze=False)
     for panel, content in zip(panels[0], contents, strict=True):
         larger = larger_is_better(content["metric"])
         points = []
