@@ -246,7 +246,9 @@ def architectures() -> str:
     for run in next(iter(contents.values()))["best"]:
         cells = []
         for content in contents.values():
-            best = content["best"][run]
+            if (best := content["best"].get(run)) is None:
+                cells.append("-")
+                continue
             found = [row["value"] for row in content["finals"] if row["run"] == run] or [best["value"]]
             as_text = _percent if larger_is_better(content["metric"]) else "{:.3f}".format
             value = "div." if None in found else as_text(statistics.fmean(found))
