@@ -63,9 +63,9 @@ class SGDSaI(Optimizer):
             first update is (1 - momentum) times as large and updates grow over that many steps.
         clip_threshold: ours, for ``"adamw"`` and ``"floor"``: after its first gradient, a block's gradient g is scaled
             down, in place, to scale * rms(g) = clip_threshold where it is larger: its update, in units of lr, is what
-            AdamW's would be about. 1.0 is a good value, 3.0 for small language models from scratch. By default a gradient that has grown since the calibration
-            makes an update that has grown as much. One more pass over the gradients, and where they are sharded one
-            collective a step.
+            AdamW's would be about. 1.0 is a good value, 3.0 for small language models from scratch. By default a
+            gradient that has grown since the calibration makes an update that has grown as much. One more pass over
+            the gradients, and where they are sharded one collective a step.
 
     State of a parameter: ``momentum_buffer`` (absent when momentum is 0), ``gsnr`` and ``scale`` (0-dim float32
     tensors, not above 0 until the block is calibrated); with int8 momentum ``momentum_scale`` (one dimension,
