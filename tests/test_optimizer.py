@@ -160,8 +160,8 @@ def test_clip_threshold_is_each_groups_own_and_lora_as() -> None:
         before = [p.detach().clone() for p in (a, late, b)]
         step(optimizer, times * gradient, late_times * gradient, times * gradient)
         moved = [rms(p - q) / 0.1 for p, q in zip((a, late, b), before, strict=True)]
-    assert moved == pytest.approx([1.0, 1.0, 100 * moved[2] / 100], rel=1e-4)
-    assert moved[2] > 50
+    assert moved[:2] == pytest.approx([1.0, 1.0], rel=1e-4)
+    assert moved[2] > 50  # the group without a threshold
 
 
 def test_clip_threshold_knows_the_scale_of_grad_scaler() -> None:

@@ -55,7 +55,7 @@ class TwoLayers(nn.Module):
 
 
 def settings(scaling: str) -> dict[str, Any]:
-    """What SGDSaI is made with: ``"clip"`` is ``"floor"`` with a threshold that half of the gradients are above."""
+    """What SGDSaI is made with: ``"clip"`` is ``"floor"`` with a threshold that its first updates are far above."""
     clip = {"scaling": "floor", "clip_threshold": 0.3} if scaling == "clip" else {"scaling": scaling}
     return {"lr": 1e-3 if scaling in ("raw", "max") else 1e-2, **clip}
 
