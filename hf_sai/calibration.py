@@ -1,263 +1,280 @@
-"""When a block gets its scale, and what it is told of: once, at its first usable gradient (finite, not all zero).
+"""Calibrates blocks: decides which gradients make a scale, and logs and warns about it.
 
-What the g-SNR of a gradient is, :mod:`hf_sai.gsnr` says. Here is decided which gradient calibrates a block, what a
-block does until then, how far a warm-up is made up for, and what is logged and warned of.
+A gradient is usable if it is finite and not all zero. The first one of a block gives its g-SNR, which under the paper's
+scalings is all that its scale needs. Under ``scaling="adamw"`` the scale of a channel is ``1 / (sqrt(v) + eps)``, where
+``v`` is the mean of the channel's ``g^2`` over its first ``WINDOW`` usable gradients, and over all so far within that
+window. Afterwards ``v`` follows slowly: every ``INTERVAL`` steps a gradient counts as one of ``WINDOW``. The channels of
+token rows are measured in every step, and a row without a gradient counts as a zero, because how often a token occurs
+is what its scale has to make up for.
+
+Nothing here depends on the learning rate, nor, but for ``scaling="max"``, on other blocks.
 """
 
 import logging
+import math
 import sys
 import warnings
-from collections.abc import Mapping, MutableMapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
-from hf_sai.checks import ADAMW_UNITS, SCALINGS, block_name
-from hf_sai.clipping import clip_gradients
-from hf_sai.gsnr import BlockStatistics, Segment, measure, scales, to_local
-from hf_sai.kernels import fused_moments
-from hf_sai.zero import Given
+from hf_sai.batches import Batch, Member
+from hf_sai.gsnr import BlockStatistics, measure, measure_stacked, paper_scales, sum_over_processes
+from hf_sai.shards import reduction_groups
+from hf_sai.update import fused_moments
 
-States = Mapping[Tensor, Mapping[str, Tensor]]
-
-
-class Taking(NamedTuple):
-    """A block that takes part in this step."""
-
-    group: dict[str, Any]
-    place: int  # in the group
-    param: Tensor | Segment
-    grad: Tensor | None  # None: only to join the collectives of a sharded block
-    state: dict[str, Tensor]
-
-    @property
-    def name(self) -> str:
-        return self.param.name if isinstance(self.param, Segment) else block_name(self.group, self.place)
+# Usable gradients after which the scale of a channel hardly changes; also how many gradients it averages.
+WINDOW = 60
+# Steps between measurements after the window.
+INTERVAL = 10
+# Measurements that the scale of a token row averages.
+TOKEN_WINDOW = 1000
+# What an element of a scaled gradient is bounded by: in units of the root mean square of its channel.
+LIMIT = 10.0
+# Steps after which a block that still has had no usable gradient is named.
+_PATIENCE = 100
 
 
-class Plan(NamedTuple):
-    """Which blocks of a group are updated in this step; those that wait for a usable gradient are in neither list.
+class Work:
+    """A batch in this step.
 
     Attributes:
-        first: their gradient is the first usable one, with which their momentum begins.
-        later: all others.
-        scales: the scales of ``later``.
+        group: its param group.
+        batch: the blocks.
+        grads: their local gradients; None where a process has none of a sharded block, which it helps to calibrate.
+        kinds: what a first gradient is (see :class:`hf_sai.gsnr.BlockStatistics`), else ``"usable"`` or ``"zero"``.
     """
 
-    first: list[Taking]
-    later: list[Taking]
-    scales: list[float]
+    __slots__ = ("batch", "grads", "group", "kinds")
+
+    def __init__(self, group: dict[str, Any], batch: Batch, grads: list[Tensor | None]) -> None:
+        self.group, self.batch, self.grads = group, batch, grads
+        self.kinds = ["usable"] * len(grads)
+
+    def weight(self) -> float:
+        """The weight of this gradient in the momentum, for a batch whose blocks are at the same count.
+
+        Under ``scaling="adamw"`` the momentum is the mean of its gradients without a bias to zero, as Adam's is after
+        its correction; under the paper's scalings it begins as the first gradient.
+        """
+        momentum, first = float(self.group["momentum"]), self.batch.members[0]
+        if first.starts and self.kinds[0] == "usable":
+            return 1.0
+        if self.group["scaling"] != "adamw" or not 0 < first.count < WINDOW or self.kinds[0] != "usable":
+            return 1.0 - momentum
+        return (1.0 - momentum) / (1.0 - momentum**first.count)
 
 
 class Calibration:
-    """The scales of an optimizer's blocks, as floats, and the blocks that wait for one.
+    """What is not state: the steps of this process, and the warnings given."""
 
-    Derived from the optimizer's state and begun anew when that is replaced: nothing here decides the trajectory.
-    """
-
-    def __init__(self, given: Given) -> None:
-        self.steps = 0  # since this object exists, for the log
-        self._given = given
-        # By id, which is faster than by tensor; whether it is still the same scale is asked anyway.
-        self._host_scales: dict[int, tuple[Tensor, int, float]] = {}
-        self._deferred: list[tuple[Taking, BlockStatistics]] = []
-        self._late: list[Taking] = []
+    def __init__(self) -> None:
+        self._steps = 0
         self._warned: set[str] = set()
 
-    def host_scale(self, p: Tensor | Segment, state: Mapping[str, Tensor]) -> float:
-        """The scale of a block, 0.0 while it is not calibrated; synchronises only where the state has changed."""
-        scale = state.get("scale")
-        if scale is None:
-            return 0.0
-        known = self._host_scales.get(id(p))
-        if known is None or known[0] is not scale or known[1] != scale._version:
-            known = self._host_scales[id(p)] = (scale, scale._version, scale.item())
-        return known[2] if known[2] > 0.0 else 0.0  # negative while a block waits in a warm-up: see wait
-
-    # torch.compiler.disable would import the compiler together with this package; torch.optim uses this one too.
-    @_disable_dynamo
-    def begin(
-        self,
-        taking: Sequence[Sequence[Taking]],
-        states: States,
-        *,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> tuple[list[Plan], bool]:
-        """Begin a step: set the scales of the blocks that wait for one and have a usable gradient.
-
-        The gradients of blocks that had theirs before are clipped where their group asks for it.
+    def run(self, work: Sequence[Work], largest_gsnr: float) -> None:
+        """Measure the gradients that are due, and set the scales of their blocks.
 
         Args:
-            taking: the blocks of this step, group by group.
-            states: the optimizer's state.
-            grad_scale: what the gradients are multiplied by; they are divided by it where a block is calibrated.
-            found_inf: where it is not 0 no block is calibrated.
-
-        Returns:
-            What to do in each group, and whether the gradients are still multiplied by ``grad_scale``.
+            work: in the same order on every process.
+            largest_gsnr: of the blocks with ``scaling="max"`` that are calibrated.
 
         Raises:
-            RuntimeError: for a block that is not calibrated under CUDA graph capture.
+            RuntimeError: for a block without a scale under CUDA graph capture.
         """
-        self.steps += 1
-        plans, waiting, clipped = [], [], []
-        for members in taking:
-            plan = Plan([], [], [])
-            for t in members:
-                scale = self.host_scale(t.param, t.state)
-                if not scale:
-                    waiting.append((t, plan))
-                    continue
-                if t.group["clip_threshold"] is not None:
-                    clipped.append(t)
-                if t.grad is not None:
-                    plan.later.append(t)
-                    plan.scales.append(scale)
-            plans.append(plan)
-        if clipped:
-            clip_gradients(clipped, grad_scale)
-        if not waiting:
-            return plans, True
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"{waiting[0][0].name} is not calibrated yet, which a CUDA graph cannot capture; "
-                "run steps before capturing until every block has had a gradient that is not all zero"
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        first = [(w, i) for w in work for i, m in enumerate(w.batch.members) if not m.count]
+        if capturing:
+            if first:
+                raise RuntimeError(
+                    f"{first[0][0].batch.members[first[0][1]].name} is not calibrated yet, which a CUDA graph cannot "
+                    "capture; run steps before capturing until every block has had a gradient that is not all zero"
+                )
+            return
+        if first:
+            self._first(first, largest_gsnr)
+        due = [w for w in work if w.group["scaling"] == "adamw" and is_due(w)]
+        if due:
+            _measure_channels(due)
+
+    def count_step(self) -> None:
+        """Count a step, for the log."""
+        self._steps += 1
+
+    def _first(self, pairs: Sequence[tuple[Work, int]], largest_gsnr: float) -> None:
+        """Measure the g-SNR of blocks that have none."""
+        members = [w.batch.members[i] for w, i in pairs]
+        statistics = _statistics(pairs)
+        usable: list[tuple[Work, Member, float]] = []
+        for (w, i), m, s in zip(pairs, members, statistics, strict=True):
+            w.kinds[i] = "usable" if s.kind == "constant" else s.kind
+            if w.kinds[i] == "usable":
+                m.state["gsnr"].fill_(s.gsnr)
+                usable.append((w, m, s.gsnr))
+        for scaling in ("raw", "max"):
+            chosen = [(m, gsnr) for w, m, gsnr in usable if w.group["scaling"] == scaling]
+            values = paper_scales([gsnr for _, gsnr in chosen], scaling, largest_gsnr)
+            for (m, _), scale in zip(chosen, values, strict=True):
+                m.state["scale"].fill_(scale)
+                m.count, m.starts = 1, True
+                m.state["calibration_step"].fill_(1)
+        if usable:
+            gsnrs = [gsnr for _, _, gsnr in usable]
+            _logger().info(
+                f"SGDSaI calibrates {len(usable)} blocks at step {self._steps + 1}: "
+                f"g-SNR from {min(gsnrs):.4g} to {max(gsnrs):.4g}"
             )
-        if found_inf is not None and found_inf.item():
-            return [Plan([], [], []) for _ in plans], True
-        if grad_scale is not None:
-            for grad in [t.grad for members in taking for t in members if t.grad is not None]:
-                local = to_local(grad)
-                local.div_(grad_scale.to(local.device))
-        kinds = self._calibrate([t for t, _ in waiting], states)
-        for (t, plan), kind in zip(waiting, kinds, strict=True):
-            if t.grad is None:
-                continue
-            if kind in ("usable", "constant"):
-                plan.first.append(t)
-            elif kind == "zero":  # with a scale of 0: only the weight decay
-                plan.later.append(t)
-                plan.scales.append(0.0)
-        return plans, False
-
-    def _calibrate(self, taking: list[Taking], states: States) -> list[str]:
-        """Measure gradients and set the scales of those that are usable; returns the kind of each."""
-        params, eps = [t.param for t in taking], [t.group["eps"] for t in taking]
-        active = [t.group["scaling"] == "floor" for t in taking]
-        statistics = measure(params, [t.grad for t in taking], eps, fused_moments, active)
-        measured = list(zip(taking, statistics, strict=True))
-        if isinstance(taking[0].param, Segment) and not self._given.is_last(taking[0].group):
-            self._deferred += measured
-            return ["zero" if s.kind == "zero" else "deferred" for s in statistics]
-        self._with_deferred(measured, states)
-        return [s.kind for s in statistics]
-
-    def _with_deferred(self, measured: list[tuple[Taking, BlockStatistics]], states: States) -> None:
-        """Set the scales of these blocks and of those in groups that DeepSpeed stepped before."""
-        self.set_scales(self._deferred + measured, states)
-        self._late = [t for t, s in self._deferred if s.kind in ("usable", "constant")]
-        self._deferred = []
-
-    def late(self, last_group: dict[str, Any], states: States) -> list[Taking]:
-        """End a step of groups up to ``last_group``: the blocks of earlier steps that have got their scales in it.
-
-        DeepSpeed steps one group after the other, and scales can depend on all of them: what has its first usable
-        gradient in an earlier group waits for the last one, and is updated then.
-        """
-        if self._deferred and self._given.is_last(last_group):
-            self._with_deferred([], states)
-        if not self._late:
-            return []
-        late, self._late = self._late, []
-        return late
-
-    def set_scales(self, measured: list[tuple[Taking, BlockStatistics]], states: States) -> None:
-        """Calibrate blocks from the statistics of their first gradients, and warn of what is odd about them."""
-        for t, s in measured:
-            if s.kind == "zero" and t.group["scaling"] in ADAMW_UNITS:
-                wait(t.state, t.group)
-        for scaling in SCALINGS:
-            usable = [(t, s) for t, s in measured if t.group["scaling"] == scaling and s.kind in ("usable", "constant")]
-            if usable:
-                self._set_scales(scaling, *zip(*usable, strict=True), states=states)
-        self._warn(
-            "has a constant first gradient, whose g-SNR is taken as sqrt(numel)",
-            [t.name for t, s in measured if s.kind == "constant"],
+        self._warn_about(
+            "has a constant first gradient; its g-SNR is taken as sqrt(numel)",
+            [m.name for (w, _), m, s in zip(pairs, members, statistics, strict=True)
+             if s.kind == "constant" and w.group["scaling"] != "adamw"],
+        )  # fmt: skip
+        self._warn_about(
+            "has NaN or infinite elements in its first gradient; it is not updated until its gradient is finite",
+            [m.name for m, s in zip(members, statistics, strict=True) if s.kind == "nonfinite"],
         )
-        self._warn(
-            "has NaN or infinite elements in its first gradient; it is left as it is until its gradient is finite",
-            [t.name for t, s in measured if s.kind == "nonfinite"],
-        )
+        if self._steps >= _PATIENCE:
+            self._warn_about(
+                f"has had no usable gradient in {_PATIENCE} steps: all of them were zero or not finite; it does not train",
+                [m.name for (w, i), m in zip(pairs, members, strict=True)
+                 if w.kinds[i] != "usable" and w.grads[i] is not None],
+            )  # fmt: skip
 
-    def _set_scales(
-        self, scaling: str, blocks: tuple[Taking, ...], statistics: tuple[BlockStatistics, ...], *, states: States
-    ) -> None:
-        calibrated = [
-            state["gsnr"].max().item()
-            for group in self._given.groups()
-            if group["scaling"] == scaling == "max"
-            for p in group["params"]
-            if (state := states.get(p))
-        ]
-        values = scales(statistics, scaling, max(calibrated, default=0.0))
-        if scaling in ADAMW_UNITS:
-            waited = [-self._host_scales[id(b.param)][2] for b in blocks]
-            values = [v * warmup_share(w, b.group) for v, w, b in zip(values, waited, blocks, strict=True)]
-        gsnr_tensors, scale_tensors = [b.state["gsnr"] for b in blocks], [b.state["scale"] for b in blocks]
-        torch._foreach_zero_(gsnr_tensors + scale_tensors)
-        torch._foreach_add_(gsnr_tensors, [s.gsnr for s in statistics])
-        torch._foreach_add_(scale_tensors, values)
-        for block, scale in zip(blocks, torch.tensor(values, dtype=torch.float32).tolist(), strict=True):
-            self._host_scales[id(block.param)] = (block.state["scale"], block.state["scale"]._version, scale)
-        gsnrs = [s.gsnr for s in statistics]
-        message = (
-            f"SGDSaI calibrated {len(blocks)} blocks at step {self.steps}: "
-            f"g-SNR from {min(gsnrs):.4g} to {max(gsnrs):.4g}"
-        )
-        if scaling == "adamw":
-            message += f"; scaling='adamw' with lr is scaling='raw' with {values[0] / gsnrs[0]:.4g} * lr"
-        _logger().info(message)
-
-    def _warn(self, what: str, names: list[str]) -> None:
+    def _warn_about(self, what: str, names: list[str]) -> None:
         """Warn once of each kind of gradient, naming the first block and counting the others."""
         if names and what not in self._warned:
             self._warned.add(what)
             others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            warnings.warn(f"SGDSaI: {names[0]}{others} {what}", stacklevel=2)
+            warnings.warn(f"SGDSaI: {names[0]}{others} {what}", stacklevel=_stacklevel_of_user())
 
 
-def wait(state: MutableMapping[str, Tensor], group: dict[str, Any]) -> None:
-    """Note that a block's gradient was all zero while the others were updated with the group's learning rate.
-
-    The sum of these learning rates is kept, negated, in ``scale``, which an uncalibrated block does not use. Where
-    momentum begins at zero, each is multiplied by how far the momentum of the others has got, 1 - momentum^steps, which
-    is kept, negated, in ``gsnr``.
-    """
-    if group["momentum_init"] == "zero":
-        state["gsnr"].mul_(group["momentum"]).sub_(1.0 - group["momentum"])
-        state["scale"].add_(state["gsnr"] * group["lr"])
-    else:
-        state["scale"].sub_(group["lr"])
-
-
-def warmup_share(waited: float, group: dict[str, Any]) -> float:
-    """How far the other blocks moved while this one waited, as a share of a step at the peak learning rate.
-
-    The gradient of LoRA's A is proportional to B, which starts at zero. After one step at 1/500 of the learning rate
-    it is 500 times smaller than after one at the whole, and a scale that made up for it would be 500 times too large
-    when the warm-up ends. Where no scheduler says what the peak is, it is taken to be the present learning rate. 1.0
-    for a block that did not wait.
-    """
-    peak = _peak_lr(group) or float(group["lr"])
-    return min(1.0, waited / peak) if waited > 0 and peak > 0 else 1.0
+def _statistics(pairs: Sequence[tuple[Work, int]]) -> list[BlockStatistics]:
+    """Of the gradients of these blocks; small ones of one shape are measured together."""
+    results: dict[tuple[int, int], BlockStatistics] = {}
+    rest: list[tuple[Work, int]] = []
+    for w, i in pairs:
+        if len(w.grads) == 1 or w.batch.dtype == torch.float64:
+            rest.append((w, i))
+        elif (id(w), i) not in results:
+            stacked = torch.stack([g for g in w.grads if g is not None])
+            for j, s in enumerate(measure_stacked(stacked, float(w.group["eps"]))):
+                results[id(w), j] = s
+    one_by_one = measure(
+        [w.batch.members[i].param for w, i in rest],
+        [w.grads[i] for w, i in rest],
+        [float(w.group["eps"]) for w, _ in rest],
+        fused_moments,
+    )
+    results |= {(id(w), i): s for (w, i), s in zip(rest, one_by_one, strict=True)}
+    return [results[id(w), i] for w, i in pairs]
 
 
-def _peak_lr(group: dict[str, Any]) -> float:
-    """The learning rate that a scheduler starts from or warms up to, 0.0 without a scheduler."""
-    return float(max(group.get("initial_lr", 0.0), group.get("max_lr", 0.0)))
+def is_due(w: Work) -> bool:
+    """Whether the channels of a batch are measured in this step; the same on every process."""
+    return w.group["token_rows"] or (w.group["step"] + 1) % INTERVAL == 0 or w.batch.is_early(WINDOW)
+
+
+def _measure_channels(due: Sequence[Work]) -> None:
+    """Fold the gradients of this step into the scales of their channels."""
+    squares = [w.batch.mean_squares(w.grads) for w in due]
+    _count_tokens(due)
+    early = [i for i, w in enumerate(due) if w.batch.is_early(1 if w.group["token_rows"] else WINDOW)]
+    if early:
+        _count([due[i] for i in early], [squares[i] for i in early])
+    _reduce(due, squares)
+    # One set of operations for each kind of weight, over the channels of all blocks together.
+    for token_rows in (False, True):
+        chosen = [(w, x) for w, x in zip(due, squares, strict=True) if w.group["token_rows"] is token_rows]
+        by_place: dict[tuple[torch.device, float], list[tuple[Tensor, Tensor, float]]] = {}
+        for w, x in chosen:
+            key = (w.batch.scale.device, float(w.group["eps"]))
+            members = w.batch.members
+            if w.batch.is_uniform() and w.kinds.count("usable") == len(members):
+                by_place.setdefault(key, []).append((w.batch.scale, x, 1.0 / max(1, members[0].count)))
+                continue
+            for i, m in enumerate(members):
+                if w.kinds[i] == "usable":
+                    by_place.setdefault(key, []).append((w.batch.scale[i], x[i], 1.0 / max(1, m.count)))
+        for (_, eps), rows in by_place.items():
+            _fold(rows, eps, zeros_count=token_rows)
+
+
+def _count_tokens(due: Sequence[Work]) -> None:
+    """Count every gradient of calibrated token rows: one that is zero counts for them."""
+    for w in due:
+        for m in w.batch.members if w.group["token_rows"] else ():
+            if 0 < m.count < TOKEN_WINDOW:
+                m.count += 1
+        if w.group["token_rows"]:
+            w.batch.store_counts()
+
+
+def _count(works: Sequence[Work], squares: Sequence[Tensor]) -> None:
+    """Count the usable gradients of blocks within the window; one host synchronisation."""
+    sums = [x.double().reshape(len(x), -1).sum(1) for x in squares]
+    on_host = torch.cat([s.to(sums[0].device) for s in sums]).tolist() if sums else []
+    params = [m.param for w in works for m in w.batch.members]
+    totals = iter(sum_over_processes(params, on_host))
+    for w in works:
+        for i, m in enumerate(w.batch.members):
+            total = next(totals)
+            if m.count == 0:  # measured as a whole, without underflow
+                usable = w.kinds[i] == "usable"
+            else:
+                usable = math.isfinite(total) and total > 0
+                w.kinds[i] = "usable" if usable else "zero" if total == 0 else "nonfinite"
+            if usable:
+                m.starts = m.starts or m.count == 0
+                m.count = min(m.count + 1, WINDOW)
+        w.batch.store_counts()
+
+
+def _reduce(due: Sequence[Work], squares: list[Tensor]) -> None:
+    """Sum each channel over the processes that hold parts of it, one collective for each group of processes."""
+    sharded = [i for i, w in enumerate(due) if w.batch.sharded]
+    params = [due[i].batch.members[0].param for i in sharded]
+    dims = [due[i].batch.channels.dims for i in sharded]
+    for group, (members, device) in reduction_groups(params, dims).items():
+        parts = [squares[sharded[k]] for k in members]
+        flat = torch.cat([x.reshape(-1).double() for x in parts]).to(device)
+        torch.distributed.all_reduce(flat, group=group)
+        for k, summed in zip(members, flat.split([x.numel() for x in parts]), strict=True):
+            own = squares[sharded[k]]
+            squares[sharded[k]] = summed.to(own.device).view_as(own)
+
+
+def _fold(rows: Sequence[tuple[Tensor, Tensor, float]], eps: float, *, zeros_count: bool) -> None:
+    """Average the mean squares of one more gradient into scales; without host synchronisation after the window."""
+    scales = [s for s, _, _ in rows]
+    old = torch.cat([s.reshape(-1) for s in scales])
+    new = torch.cat([x.reshape(-1).to(old.device, torch.float32) for _, x, _ in rows])
+    weights = {w for _, _, w in rows}
+    weight: float | Tensor = weights.pop()
+    if weights:
+        weight = torch.cat([torch.full_like(s, w).reshape(-1) for s, _, w in rows])
+    held = (1.0 / old - eps).square_()  # infinite where nothing is known yet
+    average = held + (new - held) * weight
+    known = old > 0
+    if not zeros_count:
+        average = torch.where(new > 0, average, held)
+    average = torch.where(known, average, new * weight if zeros_count else new)
+    result = 1.0 / (average.sqrt_() + eps)
+    keep = new.isfinite() & ((new > 0) | known) if not zeros_count else new.isfinite()
+    result = torch.where(keep, result, old)
+    torch._foreach_copy_(scales, [r.view_as(s) for s, r in zip(scales, result.split([s.numel() for s in scales]), strict=True)])  # fmt: skip
+
+
+def _stacklevel_of_user() -> int:
+    """The ``stacklevel`` for the first caller outside this package and the libraries that call optimizers."""
+    libraries = {"hf_sai", "torch", "accelerate", "transformers", "trl", "deepspeed"}
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None:
+        frame, level = frame.f_back, level + 1
+        if str(frame.f_globals.get("__name__", "")).partition(".")[0] not in libraries:
+            return level - 1
+    return 2
 
 
 def _logger() -> logging.Logger:

@@ -1,75 +1,16 @@
-"""What SGDSaI refuses, each with the name, the value, the rule and the remedy. Checks change nothing."""
+"""Checks of parameters and state dicts. Each error names the entry, the value, the rule and the remedy."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_sai.gsnr import to_local
+from hf_sai.channels import channels
 from hf_sai.momentum import scale_count
-
-SCALINGS = ("raw", "max", "adamw", "floor")
-ADAMW_UNITS = ("adamw", "floor")  # of lr and weight_decay; the others speak the paper's
-MOMENTUM_INITS = ("gradient", "zero")
-STATE = ("momentum_buffer", "momentum_scale", "gsnr", "scale", "rounding_step")
-MOMENTUM_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
-
-
-def momentum_dtype(param: Tensor, choice: torch.dtype | str | None) -> torch.dtype:
-    """The dtype of a parameter's momentum buffer: the chosen one, else the parameter's own."""
-    if choice is None:
-        return param.dtype
-    return MOMENTUM_DTYPES[choice] if isinstance(choice, str) else choice
-
-
-def check_group(group: Mapping[str, Any]) -> None:
-    """Raise ValueError for the first hyper-parameter of a param group that is out of range."""
-    lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr as a tensor must have one element, got shape {tuple(lr.shape)}")
-    _check_number("lr", lr, low=0.0)
-    _check_number("momentum", group["momentum"], low=0.0, below=1.0)
-    _check_number("eps", group["eps"], low=0.0)
-    _check_number("weight_decay", group["weight_decay"], low=0.0)
-    if group["scaling"] not in SCALINGS:
-        raise ValueError(f"scaling must be one of {', '.join(map(repr, SCALINGS))}, got {group['scaling']!r}")
-    if group["momentum_init"] not in MOMENTUM_INITS:
-        valid = ", ".join(map(repr, MOMENTUM_INITS))
-        raise ValueError(f"momentum_init must be one of {valid}, got {group['momentum_init']!r}")
-    if (threshold := group["clip_threshold"]) is not None:
-        _check_number("clip_threshold", threshold, low=0.0)
-        if not threshold:
-            raise ValueError("clip_threshold must be above 0, or None for no clipping, got 0")
-        if group["scaling"] not in ADAMW_UNITS:
-            raise ValueError(
-                f"clip_threshold is in units of AdamW's update, which scaling={group['scaling']!r} does not know; "
-                f"use scaling={' or '.join(map(repr, ADAMW_UNITS))}, or leave clip_threshold out"
-            )
-    for name in ("maximize", "stochastic_rounding"):
-        if not isinstance(group[name], bool):
-            raise ValueError(f"{name} must be True or False, got {group[name]!r}")
-    for name in ("foreach", "fused"):
-        if group[name] not in (None, True, False):
-            raise ValueError(f"{name} must be True, False or None (chosen by the device), got {group[name]!r}")
-    if group["foreach"] and group["fused"]:
-        raise ValueError("foreach and fused cannot both be True; leave one of them None")
-    choice = group["momentum_dtype"]
-    if choice not in (None, *MOMENTUM_DTYPES, *MOMENTUM_DTYPES.values()):
-        raise ValueError(f"momentum_dtype must be None or one of {', '.join(MOMENTUM_DTYPES)}, got {choice!r}")
-
-
-def _check_number(name: str, value: Any, *, low: float, below: float = math.inf) -> None:
-    rule = f"in [{low:g}, {below:g})" if below < math.inf else f"a finite number >= {low:g}"
-    is_number = isinstance(value, (int, float)) or (
-        isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
-    )
-    if isinstance(value, bool) or not is_number:
-        raise ValueError(f"{name} must be {rule}, got {value!r}")
-    if not low <= float(value) < below:
-        raise ValueError(f"{name} must be {rule}, got {float(value)!r}")
-
+from hf_sai.options import check_group, momentum_dtype
+from hf_sai.shards import to_local
+from hf_sai.state import STATE
 
 def check_parameters(group: Mapping[str, Any]) -> None:
     """Raise ValueError for a parameter that SGDSaI cannot train."""
@@ -100,19 +41,22 @@ def check_whole(p: Tensor, name: str) -> None:
 
 
 def block_name(group: Mapping[str, Any], index: int) -> str:
-    """The parameter's name where the optimizer was given names, else its place and shape."""
-    if "param_names" in group:
-        return str(group["param_names"][index])
-    return f"parameter {index} of its group, of shape {tuple(group['params'][index].shape)},"
+    """The parameter's name where the optimizer has names, else its index and shape."""
+    names = group.get("param_names", ())
+    if index < len(names):
+        return str(names[index])
+    return f"parameter {index} of its group (shape {tuple(group['params'][index].shape)})"
 
 
 def check_state_dict(
-    groups: list[dict[str, Any]], state_dict: Mapping[str, Any], block_counts: Mapping[Tensor, int]
+    groups: list[dict[str, Any]], state_dict: Mapping[str, Any], partitions: Mapping[Tensor, list[int]]
 ) -> None:
     """Raise ValueError for a state dict that is none, or whose groups or entries do not fit the parameters.
 
     Args:
-        block_counts: for a parameter that holds other than one block, how many.
+        groups: of the optimizer.
+        state_dict: what is to be loaded.
+        partitions: for each flat partition of DeepSpeed's, the number of channels of each block in it.
     """
     saved_groups, saved_state = _check_structure(state_dict)
     sizes, saved_sizes = [len(g["params"]) for g in groups], [len(g["params"]) for g in saved_groups]
@@ -122,14 +66,12 @@ def check_state_dict(
             "it belongs to another model, or to other groups"
         )
     for group, saved_group in zip(groups, saved_groups, strict=True):
-        check_group({**group, **{k: v for k, v in saved_group.items() if k != "params"}})
+        merged = {**group, **{k: v for k, v in saved_group.items() if k != "params"}}
+        check_group(merged)
         _check_names(group, saved_group)
         for i, (p, key) in enumerate(zip(group["params"], saved_group["params"], strict=True)):
             if key in saved_state:
-                merged = {**group, **saved_group}
-                has_int8 = bool(merged["momentum"]) and momentum_dtype(p, merged["momentum_dtype"]) == torch.int8
-                name, count = block_name(group, i), block_counts.get(p, 1)
-                _check_entry(saved_state[key], p, name, bool(merged["momentum"]), has_int8, count)
+                _check_entry(saved_state[key], p, block_name(group, i), merged, partitions.get(p))
 
 
 def _check_structure(state_dict: Mapping[str, Any]) -> tuple[list[Any], Mapping[Any, Any]]:
@@ -166,45 +108,53 @@ def _check_names(group: Mapping[str, Any], saved_group: Mapping[str, Any]) -> No
         )
 
 
-def _check_entry(entry: Any, p: Tensor, name: str, has_momentum: bool, has_int8: bool, count: int) -> None:
+def _check_entry(
+    entry: Any, p: Tensor, name: str, group: Mapping[str, Any], scale_counts: list[int] | None
+) -> None:
+    """Entries of others, as of an optimizer that wraps this one, are theirs to check."""
     if not isinstance(entry, Mapping):
         raise ValueError(f"the state of {name} must be a dict, the state dict has {entry!r:.80}")
-    for key in ("gsnr", "scale"):
-        value = entry.get(key)
-        if not isinstance(value, Tensor) or value.numel() != count or value.is_complex():
-            raise ValueError(f"the state of {name} has no number {key!r}: this is not a state dict of SGDSaI")
-    for gsnr, scale in zip(entry["gsnr"].flatten().tolist(), entry["scale"].flatten().tolist(), strict=True):
-        # Both can be negative while a block waits for its first gradient: see calibration.wait.
-        if not (math.isfinite(gsnr) and gsnr >= (0 if scale > 0 else -1)):
-            raise ValueError(f"gsnr of {name} must be finite and >= 0, the state dict has {gsnr}")
-        if not math.isfinite(scale):
-            raise ValueError(f"scale of {name} must be finite, the state dict has {scale}")
-    for key, value in entry.items():
-        if key not in STATE:
-            raise ValueError(f"the state of {name} has an entry {key!r}; that of SGDSaI has only {', '.join(STATE)}")
+    own = {key: value for key, value in entry.items() if key in STATE}
+    if not own:
+        return
+    blocks = () if scale_counts is None else (len(scale_counts),)
+    scale_shape = channels(p.shape, group["scaling"], group["token_rows"]).shape
+    shapes: dict[str, tuple[int, ...]] = {
+        "gsnr": blocks,
+        "calibration_step": blocks,
+        "scale": tuple(scale_shape) if scale_counts is None else (sum(scale_counts),),
+        "momentum_buffer": tuple(p.shape),
+        "momentum_scale": (scale_count(p.numel()),),
+        "rounding_step": (),
+    }
+    missing = [key for key in ("gsnr", "scale", "calibration_step") if key not in own]
+    if missing:
+        raise ValueError(f"the state of {name} has no {missing[0]!r}: this is not a state dict of this SGDSaI")
+    for key, value in own.items():
         if not isinstance(value, Tensor) or value.is_complex():
             raise ValueError(f"{key} of {name} must be a real tensor, the state dict has {value!r:.80}")
-        if value.is_floating_point() and not value.is_meta and not to_local(value).isfinite().all():
+        if tuple(value.shape) != shapes[key]:
+            raise ValueError(
+                f"{key} of {name} must have the shape {shapes[key]}, the state dict has {tuple(value.shape)}: "
+                "it belongs to another model, or to other options"
+            )
+        if value.is_meta:
+            continue
+        local = to_local(value)
+        if value.is_floating_point() and not local.isfinite().all():
             raise ValueError(
                 f"{key} of {name} has NaN or infinite elements in the state dict: the run that saved it had diverged; "
                 "load an earlier checkpoint"
             )
-    buffer: Any = entry.get("momentum_buffer")
-    if has_momentum and buffer is None:
-        raise ValueError(f"the state of {name} has no momentum_buffer although momentum is not 0")
-    if buffer is not None and buffer.shape != p.shape:
-        raise ValueError(
-            f"momentum_buffer of {name} must have the parameter's shape {tuple(p.shape)}, "
-            f"the state dict has {tuple(buffer.shape)}: it belongs to another model"
-        )
-    if has_momentum and buffer is not None and (buffer.dtype == torch.int8) != has_int8:
+        if key in ("gsnr", "scale", "calibration_step") and (local < 0).any():
+            raise ValueError(f"{key} of {name} must not be negative, the state dict has {local.min().item()}")
+    buffer, has_int8 = own.get("momentum_buffer"), momentum_dtype(p, group["momentum_dtype"]) == torch.int8
+    if buffer is None or not float(group["momentum"]):
+        return
+    if (buffer.dtype == torch.int8) != has_int8:
         raise ValueError(
             f"momentum_buffer of {name} must be {'int8' if has_int8 else 'floating-point'}, as momentum_dtype "
             f"of its group says, the state dict has {buffer.dtype}"
         )
-    momentum_scales = entry.get("momentum_scale")
-    if has_int8 and (momentum_scales is None or momentum_scales.shape != (scale_count(p.numel()),)):
-        raise ValueError(
-            f"momentum_scale of {name} must have one number for every 128 elements, {scale_count(p.numel())}, "
-            f"the state dict has {None if momentum_scales is None else tuple(momentum_scales.shape)}"
-        )
+    if has_int8 and "momentum_scale" not in own:
+        raise ValueError(f"the state of {name} has no 'momentum_scale', which int8 momentum needs")

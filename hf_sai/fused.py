@@ -1,10 +1,10 @@
 """The fused path: prepares what the Triton kernels need, and launches them without waiting for the device.
 
-A launch covers all blocks of one combination of dtypes. Where their tensors lie is in a table on the device, which is
-sent anew only when it has changed. Nothing is read back.
+A launch covers all blocks of one combination of dtypes. Their addresses are in a table on the device, which is copied
+again only when it has changed. Nothing is copied back.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
@@ -14,14 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_sai.kernels import Block, Scalar
+from hf_sai.kernels import Blocks
+from hf_sai.options import Hyper
 from hf_sai.triton_kernels import combine_kernel, moments_kernel, update_kernel
 
 # Elements that one program updates, those it holds in registers at once, and its warps.
 TILE = 8192
 PIECE = 1024
 WARPS = 4
+_COLUMNS = 10  # of the table
 
+FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TRITON_DTYPES = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
@@ -30,72 +33,75 @@ _TRITON_DTYPES = {
 }
 
 
-def update_fused(
-    blocks: Sequence[Block],
-    *,
-    lr: Scalar,
-    momentum: float,
-    weight_decay: float,
-    maximize: bool,
-    stochastic_rounding: bool,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> None:
-    """Update blocks whose tensors lie in memory alike, without holes: one launch for each combination of dtypes.
+def update_fused(many: Sequence[Blocks], hyper: Hyper) -> None:
+    """Update contiguous blocks: one launch for each combination of dtypes, without host synchronisation.
 
-    No host synchronisation. Under CUDA graph capture an ``lr`` that is to change must be a tensor on the device.
+    Under CUDA graph capture an ``lr`` that is to change must be a tensor on the device.
     """
-    lr_tensor = lr if isinstance(lr, Tensor) and lr.device == blocks[0].param.device else None
-    if lr_tensor is None:
-        lr = float(lr)
-    groups: dict[tuple[Any, ...], list[Block]] = {}
-    for b in blocks:
-        m = b.momentum_buffer
-        groups.setdefault((b.param.device, b.param.dtype, b.grad.dtype, None if m is None else m.dtype), []).append(b)
+    lr_tensor = hyper.lr if isinstance(hyper.lr, Tensor) and hyper.lr.device == many[0].params[0].device else None
+    lr = float(hyper.lr) if lr_tensor is None else 0.0
+    groups: dict[tuple[Any, ...], list[Blocks]] = {}
+    for b in many:
+        dtypes = (b.params[0].dtype, b.grads[0].dtype, None if b.momentum is None else b.momentum.dtype)
+        groups.setdefault((b.params[0].device, *dtypes), []).append(b)
     for (device, p_dtype, g_dtype, m_dtype), members in groups.items():
-        rows = [
-            value
-            for b in members
-            for value in (
-                b.param.data_ptr(),
-                b.grad.data_ptr(),
-                0 if b.momentum_buffer is None else b.momentum_buffer.data_ptr(),
-                0 if b.momentum_scale is None else b.momentum_scale.data_ptr(),
-                b.scale.data_ptr(),
-                0 if b.counter is None else b.counter.data_ptr(),
-                b.param.numel(),
-                b.seed,
-            )
-        ]
+        rows = [value for b in members for row in _rows(b) for value in row]
         with _on(device):
-            layout = _layout(tuple(rows[6::8]), TILE, device)
+            layout = _layout(tuple(rows[6::_COLUMNS]), TILE, device)
             table, aligned = _table(tuple(rows), device)
-            # The table stands where an optional pointer is not used.
             update_kernel[(layout.programs,)](
                 table,
                 layout.tiles,
-                table if lr_tensor is None else lr_tensor.to(device),
-                table if grad_scale is None else grad_scale.to(device),
-                table if found_inf is None else found_inf.to(device),
-                0.0 if lr_tensor is not None else lr,
-                0.0 if lr_tensor is not None else 1 - lr * weight_decay,
-                float(weight_decay),
-                1.0 - momentum,
+                table if lr_tensor is None else lr_tensor.to(device),  # the table stands where lr is a number
+                lr,
+                1 - lr * hyper.weight_decay,
+                float(hyper.weight_decay),
+                float(hyper.weight),
+                0.0 if hyper.limit is None else float(hyper.limit),
                 P_DTYPE=_TRITON_DTYPES[p_dtype],
                 G_DTYPE=_TRITON_DTYPES[g_dtype],
                 M_DTYPE=_TRITON_DTYPES[m_dtype or p_dtype],
                 HAS_MOMENTUM=m_dtype is not None,
                 INT8=m_dtype == torch.int8,
-                STOCHASTIC=stochastic_rounding and torch.bfloat16 in (p_dtype, m_dtype),
-                MAXIMIZE=maximize,
+                STOCHASTIC=hyper.stochastic_rounding and torch.bfloat16 in (p_dtype, m_dtype),
+                MAXIMIZE=hyper.maximize,
+                LIMITED=hyper.limit is not None,
                 LR_TENSOR=lr_tensor is not None,
-                GRAD_SCALE=grad_scale is not None,
-                FOUND_INF=found_inf is not None,
                 ALIGNED=aligned,
                 TILE=TILE,
                 PIECE=PIECE,
                 num_warps=WARPS,
             )
+
+
+def _rows(b: Blocks) -> Iterator[tuple[int, ...]]:
+    """The rows of the table for some blocks; see ``update_kernel``."""
+    momenta = [None] * len(b.params) if b.momentum is None else b.momentum.unbind()
+    for p, g, m, s in zip(b.params, b.grads, momenta, b.scale.unbind(), strict=True):
+        one_scale = s.numel() == 1
+        yield (
+            p.data_ptr(),
+            g.data_ptr(),
+            0 if m is None else m.data_ptr(),
+            0 if b.momentum_scale is None else b.momentum_scale.data_ptr(),
+            s.data_ptr(),
+            0 if b.counter is None else b.counter.data_ptr(),
+            p.numel(),
+            b.seed,
+            1 if one_scale else b.columns,
+            -1 if one_scale else b.rows,
+        )
+
+
+def fits_fused(b: Blocks) -> bool:
+    """Whether the fused path can update these blocks: contiguous, and of dtypes that float32 holds."""
+    m = b.momentum
+    if m is not None and not (m.dtype in _TRITON_DTYPES and m.is_contiguous()):
+        return False
+    return all(
+        p.dtype in FUSED_DTYPES and g.dtype in FUSED_DTYPES and p.is_contiguous() and g.is_contiguous()
+        for p, g in zip(b.params, b.grads, strict=True)
+    )
 
 
 def gradient_moments(grads: Sequence[Tensor]) -> list[tuple[float, float]]:
@@ -109,9 +115,9 @@ def gradient_moments(grads: Sequence[Tensor]) -> list[tuple[float, float]]:
     for i, g in enumerate(grads):
         groups.setdefault((g.device, g.dtype), []).append(i)
     for (device, dtype), members in groups.items():
-        rows = [x for i in members for x in (0, grads[i].data_ptr(), 0, 0, 0, 0, grads[i].numel(), 0)]
+        rows = [x for i in members for x in (0, grads[i].data_ptr(), 0, 0, 0, 0, grads[i].numel(), 0, 0, 0)]
         with _on(device):
-            layout = _layout(tuple(rows[6::8]), TILE, device)
+            layout = _layout(tuple(rows[6::_COLUMNS]), TILE, device)
             table, aligned = _table(tuple(rows), device)
             sums, centred = torch.empty(2, layout.programs, device=device).unbind()
             moments = torch.empty(len(members), 2, dtype=torch.float64, device=device)
@@ -174,7 +180,7 @@ _kept_for_graphs: list[Any] = []
 
 
 def _aligned(rows: Sequence[int]) -> bool:
-    return not any(address % 16 for column in range(4) for address in rows[column::8])
+    return not any(address % 16 for column in range(4) for address in rows[column::_COLUMNS])
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:

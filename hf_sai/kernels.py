@@ -1,311 +1,263 @@
-"""The update of SGD-SaI, ``m = mu*m + (1-mu)*g`` and ``p = (1 - lr*wd)*p - lr*scale*m``, one signature, several paths.
+"""The update, and its paths without Triton: one signature, and one result up to the order of rounding.
 
-Every path takes a list of blocks with local (not ``DTensor``) tensors and changes their parameters and momentum in
-place. Whatever is stored below float32 is computed in float32 and rounded once: ``lr*wd`` alone is below the resolution
-of bfloat16. The fused path is in :mod:`hf_sai.fused`, which is imported when it is first used.
+For each element, with ``s`` the scale of its channel::
+
+    u = clamp(s * g, -limit, limit)        (g = -g first if maximize; no clamp without a limit)
+    m = m + weight * (u - m)               (m = u without momentum)
+    p = (1 - lr * weight_decay) * p - lr * m
+
+Every path takes local (not ``DTensor``) tensors, writes parameters and momentum in place, and leaves gradients as they
+are. Whatever is stored below float32 is computed in float32 and rounded once: ``lr * weight_decay`` alone is below the
+resolution of bfloat16.
 """
 
-import importlib.util
-import os
 from collections.abc import Iterator, Sequence
-from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hf_sai.gsnr import chunks, dense_view
-from hf_sai.momentum import decode, encode, scale_count
+from hf_sai.momentum import CODE_BLOCK, decode, encode, scale_count
+from hf_sai.options import Hyper
 from hf_sai.rounding import random_bits, rounding_key, stochastic_bfloat16
 
-Scalar = float | Tensor
-
-# Bytes of temporaries that the foreach path may hold at once.
+# Elements that the plain path takes through the whole update at once on a CPU: small enough to stay in cache between
+# operations, so that p, g and m are read from memory once, and large enough for launch overhead not to matter.
+_CPU_PIECE = 1 << 20
+# Bytes of temporaries that the foreach path holds at once.
 _FOREACH_BYTES = 1 << 27
-# Elements that the per-tensor path takes through both of its passes at once on a CPU: p, g and m of a piece stay in the
-# cache between them, so that memory is read and written once, and the pieces are few enough for their launches not to
-# count.
-_CPU_PIECE = 1 << 21
-# What torch.optim.SGD(fused=True) calls, on a CPU since torch 2.4; the name is private, so it may go.
+# torch.optim.SGD(fused=True) calls it, on a CPU since torch 2.4. A private name: without it there is one more pass.
 _torch_fused_sgd = getattr(torch, "_fused_sgd_", None)
 
 
-class Block(NamedTuple):
-    """What a path needs to know of one block."""
+class Blocks(NamedTuple):
+    """Blocks of one shape, dtype and device that are updated together.
 
-    param: Tensor
-    grad: Tensor
-    momentum_buffer: Tensor | None  # None where momentum is 0
-    momentum_scale: Tensor | None  # with an int8 momentum_buffer only
-    scale: Tensor  # 0-dim float32
-    host_scale: Scalar  # the same as a Python float; under torch.compile the tensor
-    counter: Tensor | None  # updates so far, 0-dim; None where nothing is rounded stochastically
-    seed: int
-
-
-def update_single_tensor(
-    blocks: Sequence[Block],
-    *,
-    lr: Scalar,
-    momentum: float,
-    weight_decay: float,
-    maximize: bool,
-    stochastic_rounding: bool,
-) -> None:
-    """One block after the other; the reference of the other paths.
-
-    No temporary of a block's size, except for tensors in different memory formats and tensors with holes.
+    Attributes:
+        params: the parameters, each of shape ``shape``.
+        grads: their gradients, of the same shape, real floating point.
+        momentum: (blocks, *shape), None where momentum is 0.
+        scale: (blocks, *shape with the dimensions of a channel reduced to 1), float32.
+        columns: the length of a row of each matrix.
+        rows: the rows of each matrix where a channel is a column, 0 where it is a row.
+        momentum_scale: float32, with an int8 momentum only; such blocks are alone.
+        counter: updates so far, 0-dim int64; None where nothing is rounded stochastically; such blocks are alone.
+        seed: distinguishes the random bits of blocks.
     """
-    decay = 1 - lr * weight_decay
-    for b in blocks:
-        p, g, m = b.param, b.grad, b.momentum_buffer
-        step = lr * b.host_scale
-        if _is_native(b):
-            whole = not p.is_cpu or p.numel() <= _CPU_PIECE or torch.compiler.is_compiling()
-            for p_, g_, m_, _ in [(p, g, m, 0)] if whole else _pieces(p, g, m, _CPU_PIECE):
-                _update_piece(p_, g_, m_, decay, step, momentum, maximize)
-            continue
-        key = None if b.counter is None else rounding_key(b.counter, b.seed)
-        wide = _compute_dtype(p)
-        for p_, g_, m_, start in _pieces(p, g, m):
-            codes = None if m_ is None or b.momentum_scale is None else (m_.view(-1), _scales_of(b, m_, start))
-            p32, g32 = p_.to(wide), g_.to(wide)
-            m32 = None if m_ is None else (decode(*codes).view(m_.shape) if codes else m_).to(wide)
-            _update_piece(p32, g32, m32, decay, step, momentum, maximize)
-            bits = None if key is None else random_bits(key, start, p_.numel()).view(p_.shape)
-            _store(p_, p32, bits if stochastic_rounding else None)
-            if codes and m32 is not None and bits is not None:
-                encode(m32.reshape(-1).float(), *codes, bits.view(-1))
-            elif m_ is not None and m32 is not None:
-                # The other half of the bits: the two roundings of an element must not go the same way.
-                _store(m_, m32, bits >> 16 if stochastic_rounding and bits is not None else None)
+
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    momentum: Tensor | None
+    scale: Tensor
+    columns: int
+    rows: int
+    momentum_scale: Tensor | None = None
+    counter: Tensor | None = None
+    seed: int = 0
 
 
-def update_cpu(
-    blocks: Sequence[Block],
-    *,
-    lr: Scalar,
-    momentum: float,
-    weight_decay: float,
-    maximize: bool,
-    stochastic_rounding: bool,
-) -> None:
-    """One block after the other, in a single pass over memory by torch's own fused SGD kernel where it is of use.
-
-    It is of use where nothing decays (biases, norms, and everything by the Trainer's default), because the decay of
-    that kernel goes into the momentum, and where there is momentum, without which the per-tensor path has one pass too.
-    """
-    rest = []
-    constant = not (isinstance(lr, Tensor) or torch.compiler.is_compiling()) and lr * weight_decay == 0
-    for b in blocks:
-        p, g, m = b.param, b.grad, b.momentum_buffer
-        if not constant or m is None or _torch_fused_sgd is None or not _fits_torch_fused(p, g, m):
-            rest.append(b)
-            continue
-        _torch_fused_sgd(
-            [p],
-            [g],
-            [m],
-            weight_decay=0.0,
-            momentum=momentum or 1.0,  # the kernel asks whether there is any; in a first step it takes the gradient
-            lr=lr * b.host_scale,
-            dampening=momentum,
-            nesterov=False,
-            maximize=maximize,
-            is_first_step=momentum == 0,
-        )
-    if rest:
-        update_single_tensor(
-            rest,
-            lr=lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            maximize=maximize,
-            stochastic_rounding=stochastic_rounding,
-        )
-
-
-def update_foreach(
-    blocks: Sequence[Block],
-    *,
-    lr: Scalar,
-    momentum: float,
-    weight_decay: float,
-    maximize: bool,
-    stochastic_rounding: bool,
-) -> None:
-    """A few launches for many blocks at once, with temporaries of at most 128 MiB or one block.
-
-    Blocks that round stochastically are updated one after the other.
-    """
-    decay = 1 - lr * weight_decay
-    for batch in _batches([b for b in blocks if b.counter is None]):
-        p, g = [b.param for b in batch], [b.grad for b in batch]
-        m = [b.momentum_buffer for b in batch if b.momentum_buffer is not None]
-        native = _is_native(batch[0])
-        wide = _compute_dtype(p[0])
-        p32 = p if native else [x.to(wide) for x in p]
-        update = g if native else [x.to(wide) for x in g]
-        if maximize:
-            update = list(torch._foreach_neg(update))
-        if m:
-            m32 = m if native else [x.to(wide) for x in m]
-            torch._foreach_lerp_(m32, update, 1 - momentum)
-            if not native:
-                torch._foreach_copy_(m, m32)
-            update = m32
-        steps = [-lr * b.host_scale for b in batch]
-        if any(isinstance(s, Tensor) for s in steps):
-            scaled = torch._foreach_mul(update, [torch.as_tensor(s, device=p[0].device) for s in steps])
+def update_plain(many: Sequence[Blocks], hyper: Hyper) -> None:
+    """Torch operations, one set for each element of ``many``; the reference of the other paths."""
+    for blocks in many:
+        if not is_native(blocks):
+            for piece in _pieces(blocks):
+                _update_wide(*piece, hyper)
+        elif len(blocks.params) == 1 and _is_large(blocks):
+            _update_in_pieces(blocks, hyper)
         else:
-            scaled = torch._foreach_mul(update, [float(s) for s in steps])
-        torch._foreach_mul_(p32, decay)
-        torch._foreach_add_(p32, scaled)
-        if not native:
-            torch._foreach_copy_(p, p32)
-    update_single_tensor(
-        [b for b in blocks if b.counter is not None],
-        lr=lr,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        maximize=maximize,
-        stochastic_rounding=stochastic_rounding,
-    )
+            _update_stacked(blocks, hyper)
 
 
-def update_blocks(
-    blocks: Sequence[Block],
-    foreach: bool | None,
-    fused: bool | None,
-    *,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    **hyper: Any,
+def _update_stacked(blocks: Blocks, hyper: Hyper) -> None:
+    """Small blocks in their own dtype: a few operations for all of them."""
+    scale = blocks.scale.to(blocks.params[0].dtype)
+    if len(blocks.grads) > 1:
+        update = _limit(torch.stack(list(blocks.grads)).mul_(scale), hyper)
+    else:
+        update = _scaled(blocks.grads[0].unsqueeze(0), scale, hyper)
+    if blocks.momentum is not None:
+        update = blocks.momentum.lerp_(update, hyper.weight)
+    params = list(blocks.params)
+    if isinstance(hyper.lr, Tensor) and not params[0].is_cpu:
+        lr = hyper.lr.to(params[0].device)
+        torch._foreach_mul_(params, 1 - lr * hyper.weight_decay)
+        torch._foreach_sub_(params, list((update * lr).unbind()))
+    elif (decay := float(hyper.lr) * hyper.weight_decay) == 0:
+        torch._foreach_add_(params, list(update.unbind()), alpha=-float(hyper.lr))
+    else:
+        # (1 - decay) * p - lr * m in one pass, as p + decay * (-m / weight_decay - p).
+        torch._foreach_lerp_(params, list((update * (-1 / hyper.weight_decay)).unbind()), decay)
+
+
+def _update_in_pieces(blocks: Blocks, hyper: Hyper) -> None:
+    """One large contiguous block on a CPU: every piece of it is read and written once."""
+    lr, decay = float(hyper.lr), 1 - float(hyper.lr) * float(hyper.weight_decay)
+    scratch = torch.empty(0)
+    for p, g, m, s in _matrices(blocks):
+        rows = max(1, _CPU_PIECE // max(1, p.shape[1]))
+        if not scratch.numel():
+            scratch = torch.empty(min(rows, p.shape[0]), p.shape[1], dtype=p.dtype, device=p.device)
+        for i in range(0, p.shape[0], rows):
+            p_, g_ = p[i : i + rows], g[i : i + rows]
+            s_ = s[i : i + rows] if s.shape[0] > 1 else s
+            update = torch.mul(g_, s_, out=scratch[: p_.shape[0]])
+            _limit(update, hyper)
+            if m is None:
+                p_.mul_(decay).sub_(update, alpha=lr)
+                continue
+            m_ = m[i : i + rows]
+            if decay == 1 and _torch_fused_sgd is not None and hyper.weight < 1:
+                # Momentum and parameter in one pass.
+                _torch_fused_sgd(
+                    [p_], [update], [m_], weight_decay=0.0, momentum=1 - hyper.weight, lr=lr,
+                    dampening=1 - hyper.weight, nesterov=False, maximize=False, is_first_step=False,
+                )  # fmt: skip
+                continue
+            m_.lerp_(update, hyper.weight)
+            # The outer product with [1] is the CPU operator that computes decay * p - lr * m in one pass.
+            one = torch.ones(1, dtype=p.dtype, device=p.device)
+            p_.view(1, -1).addr_(one, m_.view(-1), beta=decay, alpha=-lr)
+
+
+def _update_wide(
+    p: Tensor, g: Tensor, m: Tensor | None, s: Tensor, codes: Tensor | None, bits: Tensor | None, hyper: Hyper
 ) -> None:
-    """Update ``blocks``, each by the path that ``foreach``, ``fused`` and its own tensors allow.
-
-    ``fused=None`` and ``foreach=None`` both None: fused where :func:`why_not_fused` has no objection on CUDA, else
-    foreach on CUDA, else per tensor, on a CPU with torch's fused kernel where it fits. ``fused=True`` leaves only
-    blocks whose parameter, gradient and momentum differ in memory format, or have holes, to the other paths;
-    ``fused=False`` excludes both fused kernels.
+    """Any dtypes and strides: computed in float32 (float64 for float64 parameters), rounded once.
 
     Args:
-        grad_scale: one element; what gradients are divided by (GradScaler's scale; a clip coefficient's inverse).
-        found_inf: one element; where it is not 0 nothing is changed.
+        p: the parameter, or a piece of it; written.
+        g: its gradient.
+        m: its momentum; written.
+        s: scales that broadcast against ``p``.
+        codes: the scales of an int8 ``m``; written.
+        bits: int32, the shape of ``p``; random, for stochastic rounding.
+        hyper: the group's.
     """
-    wanted = fused if fused is not None else not foreach and all(b.param.is_cuda for b in blocks)
-    by_triton: Sequence[Block] = ()
-    rest = blocks
-    if wanted and _has_triton() and not torch.compiler.is_compiling():
-        by_triton = [b for b in blocks if fits_fused(b)]
-        rest = [b for b in blocks if not fits_fused(b)] if len(by_triton) < len(blocks) else ()
-    if by_triton:
-        from hf_sai.fused import update_fused
-
-        update_fused(by_triton, grad_scale=grad_scale, found_inf=found_inf, **hyper)
-    if not rest or (found_inf is not None and found_inf.item()):
-        return
-    if grad_scale is not None:
-        torch._foreach_div_([b.grad for b in rest], grad_scale.to(rest[0].grad.device))
-    if foreach is None:
-        foreach = all(b.param.is_cuda for b in rest)
-    (update_foreach if foreach else update_single_tensor if fused is False else update_cpu)(rest, **hyper)
+    wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+    update = _scaled(g.to(wide), s.to(wide), hyper)
+    if m is not None:
+        held = decode(m.view(-1), codes).view(m.shape) if codes is not None else m.to(wide)
+        update = held + (update - held) * hyper.weight
+        if codes is not None:
+            assert bits is not None
+            encode(update.reshape(-1).float(), m.view(-1), codes, bits.view(-1))
+        else:
+            # The other half of the bits: the two roundings of an element must be independent.
+            _store(m, update, bits >> 16 if hyper.stochastic_rounding and bits is not None else None)
+    lr: float | Tensor = hyper.lr.to(p.device) if isinstance(hyper.lr, Tensor) else float(hyper.lr)
+    moved = p.to(wide) * (1 - lr * hyper.weight_decay) - lr * update
+    _store(p, moved, bits if hyper.stochastic_rounding else None)
 
 
-_FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+def update_foreach(many: Sequence[Blocks], hyper: Hyper) -> None:
+    """A few launches for many blocks at once, with temporaries of at most 128 MiB or one block.
+
+    Blocks that need rounding or have strides of their own are updated by the plain path.
+    """
+    able = [b for b in many if is_native(b)]
+    update_plain([b for b in many if not is_native(b)], hyper)
+    for batch in _within_memory(able):
+        params = [p for b in batch for p in b.params]
+        momenta = [m for b in batch if b.momentum is not None for m in b.momentum.unbind()]
+        scales = [s.to(p.dtype) for b in batch for p, s in zip(b.params, b.scale.unbind(), strict=True)]
+        update = list(torch._foreach_mul([g for b in batch for g in b.grads], scales))
+        if hyper.maximize:
+            torch._foreach_neg_(update)
+        if hyper.limit is not None:
+            torch._foreach_clamp_max_(update, hyper.limit)
+            torch._foreach_clamp_min_(update, -hyper.limit)
+        if momenta:
+            torch._foreach_lerp_(momenta, update, hyper.weight)
+            update = momenta
+        if isinstance(hyper.lr, Tensor) and not params[0].is_cpu:
+            lr = hyper.lr.to(params[0].device)
+            torch._foreach_mul_(params, 1 - lr * hyper.weight_decay)
+            torch._foreach_sub_(params, torch._foreach_mul(update, lr))
+        else:
+            torch._foreach_mul_(params, 1 - float(hyper.lr) * float(hyper.weight_decay))
+            torch._foreach_add_(params, update, alpha=-float(hyper.lr))
 
 
-def fits_fused(b: Block) -> bool:
-    """Whether the fused path can update a block: its tensors lie in memory alike, without holes."""
-    p, g, m = b.param, b.grad, b.momentum_buffer
-    if p.dtype not in _FUSED_DTYPES or g.dtype not in _FUSED_DTYPES or (m is not None and m.dtype == torch.float64):
+def is_native(blocks: Blocks) -> bool:
+    """Whether the arithmetic can run in the tensors' own dtype and layout."""
+    p, m = blocks.params[0], blocks.momentum
+    if p.dtype not in (torch.float32, torch.float64) or (m is not None and m.dtype != p.dtype):
         return False
-    if not p.is_cuda and why_not_fused(p):
+    if blocks.counter is not None or (len(blocks.params) == 1 and not p.is_contiguous()):
         return False
-    if p.is_contiguous() and g.is_contiguous() and (m is None or m.is_contiguous()):
-        return True
-    alike = p.stride() == g.stride() and (m is None or (m.stride() == p.stride() and b.momentum_scale is None))
-    return alike and torch.ops.aten.is_non_overlapping_and_dense(p)
-
-
-def fused_moments(grads: Sequence[Tensor | None]) -> dict[int, tuple[float, float]]:
-    """The sum, and the sum of squares about the mean, of each one-dimensional gradient that the fused path takes."""
-    able = {i: g for i, g in enumerate(grads) if g is not None and g.numel() and why_not_fused(g) is None}
-    if not able:
-        return {}
-    from hf_sai.fused import gradient_moments
-
-    return dict(zip(able, gradient_moments(list(able.values())), strict=True))
-
-
-def why_not_fused(param: Tensor) -> str | None:
-    """What keeps the fused path from a parameter, None if nothing does."""
-    if not param.is_cuda and not (param.is_cpu and triton_is_interpreted()):
-        return f"it is on {param.device.type}, and the fused path is for CUDA"
-    if not _has_triton():
-        return "Triton is not installed"
-    if param.dtype not in _FUSED_DTYPES:
-        return f"its dtype is {param.dtype}, and the fused path computes in float32"
-    return None
-
-
-def _fits_torch_fused(p: Tensor, g: Tensor, m: Tensor) -> bool:
-    """Whether torch's fused CPU kernel, which looks at addresses and counts only, does to them what is meant."""
-    return (
-        p.is_cpu
-        and p.dtype in (torch.float32, torch.float64)
-        and p.dtype == g.dtype == m.dtype
-        and p.is_contiguous()
-        and g.is_contiguous()
-        and m.is_contiguous()
+    return all(g.dtype == p.dtype for g in blocks.grads) and (
+        len(blocks.params) > 1 or (blocks.grads[0].is_contiguous() and (m is None or m.is_contiguous()))
     )
 
 
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _is_large(blocks: Blocks) -> bool:
+    p = blocks.params[0]
+    return p.is_cpu and p.dim() > 0 and p.numel() > _CPU_PIECE // 8
 
 
-@cache
-def triton_is_interpreted() -> bool:
-    """Whether Triton runs its kernels on the CPU, as it does for debugging and in this package's tests."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+def _scaled(grads: Tensor, scale: Tensor, hyper: Hyper) -> Tensor:
+    """The scaled and limited gradient, a new tensor."""
+    return _limit(grads * scale.to(grads.dtype), hyper)
 
 
-def _is_native(b: Block) -> bool:
-    """Whether the arithmetic can run in the tensors' own dtype."""
-    p, m = b.param, b.momentum_buffer
-    same = b.grad.dtype == p.dtype and (m is None or m.dtype == p.dtype)
-    return same and p.dtype in (torch.float32, torch.float64)
+def _limit(update: Tensor, hyper: Hyper) -> Tensor:
+    if hyper.limit is not None:
+        update.clamp_(-hyper.limit, hyper.limit)
+    return update.neg_() if hyper.maximize else update
 
 
-def _compute_dtype(p: Tensor) -> torch.dtype:
-    return torch.float64 if p.dtype == torch.float64 else torch.float32
+def _matrices(blocks: Blocks) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor]]:
+    """Parameter, gradient, momentum and scale of one contiguous block, as matrices."""
+    s = blocks.scale[0].to(blocks.params[0].dtype)
+    tensors = [blocks.params[0], blocks.grads[0], *([] if blocks.momentum is None else [blocks.momentum[0]])]
+    if not blocks.rows:
+        p, g, *m = (x.view(-1, blocks.columns) for x in tensors)
+        yield p, g, m[0] if m else None, s.reshape(-1, 1)
+        return
+    stacks = [x.view(-1, blocks.rows, blocks.columns) for x in tensors]
+    for p, g, *m, s_ in zip(*stacks, s.reshape(-1, 1, blocks.columns), strict=True):
+        yield p, g, m[0] if m else None, s_
 
 
-def _update_piece(
-    p: Tensor, g: Tensor, m: Tensor | None, decay: Scalar, step: Scalar, momentum: float, maximize: bool
-) -> None:
-    if m is not None:
-        if maximize:
-            m.mul_(momentum).sub_(g, alpha=1 - momentum)
-        else:
-            m.lerp_(g, 1 - momentum)
-        g = m
-    elif maximize:
-        step = -step
-    if isinstance(step, Tensor) or isinstance(decay, Tensor):
-        p.mul_(decay).addcmul_(g, torch.as_tensor(step, device=p.device, dtype=p.dtype), value=-1)
-    elif p.is_cpu and p.is_contiguous() and g.is_contiguous():
-        # The outer product with [1] is the one CPU operator that computes decay*p - step*m in a single pass.
-        p.view(1, -1).addr_(_one(p.dtype), g if g.dim() == 1 else g.view(-1), beta=decay, alpha=-step)
-    else:
-        p.mul_(decay).add_(g, alpha=-step)
+def _pieces(
+    blocks: Blocks,
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]]:
+    """The arguments of :func:`_update_wide`, in pieces whose float32 copies are small where the layout allows it."""
+    key = None if blocks.counter is None else rounding_key(blocks.counter, blocks.seed)
+    for k, (p, g) in enumerate(zip(blocks.params, blocks.grads, strict=True)):
+        m = None if blocks.momentum is None else blocks.momentum[k]
+        s, codes = blocks.scale[k], blocks.momentum_scale
+        tensors = [p, g] if m is None else [p, g, m]
+        if p.dim() != 2 or not all(x.is_contiguous() for x in tensors):
+            bits = None if key is None else random_bits(key, 0, p.numel()).view(p.shape)
+            if codes is not None and not (m is not None and m.is_contiguous()):
+                raise AssertionError("int8 momentum is contiguous")
+            yield p, g, m, s, codes, bits
+            continue
+        # Codes of int8 momentum share a scale in rows of 128: pieces begin at multiples of 128 elements.
+        rows = max(1, _CPU_PIECE // max(1, p.shape[1]) // CODE_BLOCK) * CODE_BLOCK
+        for i in range(0, p.shape[0], rows):
+            p_, g_, m_ = p[i : i + rows], g[i : i + rows], None if m is None else m[i : i + rows]
+            start = i * p.shape[1]
+            first = scale_count(start)
+            bits = None if key is None else random_bits(key, start, p_.numel()).view(p_.shape)
+            codes_ = None if codes is None else codes[first : first + scale_count(p_.numel())]
+            yield p_, g_, m_, s[i : i + rows] if s.shape[0] > 1 else s, codes_, bits
 
 
-@cache
-def _one(dtype: torch.dtype) -> Tensor:
-    return torch.ones(1, dtype=dtype)
+def _within_memory(many: Sequence[Blocks]) -> Iterator[list[Blocks]]:
+    """Blocks on one device with the same dtype, at most ``_FOREACH_BYTES`` together."""
+    batches: dict[tuple[object, ...], list[Blocks]] = {}
+    sizes: dict[tuple[object, ...], int] = {}
+    for b in many:
+        key = (b.params[0].device, b.params[0].dtype, b.momentum is None)
+        size = 8 * b.params[0].numel() * len(b.params)
+        if key in batches and sizes[key] + size > _FOREACH_BYTES:
+            yield batches.pop(key)
+            sizes[key] = 0
+        batches.setdefault(key, []).append(b)
+        sizes[key] = sizes.get(key, 0) + size
+    yield from batches.values()
 
 
 def _store(target: Tensor, values: Tensor, bits: Tensor | None) -> None:
@@ -313,44 +265,3 @@ def _store(target: Tensor, values: Tensor, bits: Tensor | None) -> None:
     if bits is not None and target.dtype == torch.bfloat16:
         values = stochastic_bfloat16(values, bits)
     target.copy_(values)
-
-
-def _scales_of(b: Block, piece: Tensor, start: int) -> Tensor:
-    """The scales of a piece of an int8 momentum buffer; pieces begin at multiples of 128 elements."""
-    assert b.momentum_scale is not None
-    first = scale_count(start)
-    return b.momentum_scale[first : first + scale_count(piece.numel())]
-
-
-def _pieces(
-    p: Tensor, g: Tensor, m: Tensor | None, size: int | None = None
-) -> Iterator[tuple[Tensor, Tensor, Tensor | None, int]]:
-    """The block in pieces and where each begins, so that its float32 copy is never larger than one of them."""
-    tensors = [p, g] if m is None else [p, g, m]
-    if all(x.is_contiguous() for x in tensors):
-        views = [x.view(-1) for x in tensors]
-    elif len({x.stride() for x in tensors}) > 1 or any(dense_view(x).data_ptr() != x.data_ptr() for x in tensors):
-        yield p, g, m, 0
-        return
-    else:
-        views = [dense_view(x) for x in tensors]
-    start = 0
-    for piece in zip(*(torch.split(x, size) if size else chunks(x) for x in views), strict=True):
-        yield piece[0], piece[1], piece[2] if m is not None else None, start
-        start += piece[0].numel()
-
-
-def _batches(blocks: Sequence[Block]) -> Iterator[list[Block]]:
-    """Blocks on one device with the same dtypes, at most ``_FOREACH_BYTES`` of float32 together."""
-    open_batches: dict[tuple[object, ...], list[Block]] = {}
-    sizes: dict[tuple[object, ...], int] = {}
-    for b in blocks:
-        m = b.momentum_buffer
-        key = (b.param.device, b.param.dtype, b.grad.dtype, None if m is None else m.dtype)
-        size = 4 * b.param.numel()
-        if key in open_batches and sizes[key] + size > _FOREACH_BYTES:
-            yield open_batches.pop(key)
-            sizes[key] = 0
-        open_batches.setdefault(key, []).append(b)
-        sizes[key] = sizes.get(key, 0) + size
-    yield from open_batches.values()

@@ -1,6 +1,7 @@
 """The g-SNR of the gradients that are there now, and what a re-calibration would make of them."""
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -10,10 +11,10 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from hf_sai.blocks import KINDS, block_names
-from hf_sai.checks import SCALINGS
-from hf_sai.gsnr import BlockStatistics, is_dtensor, measure, scales
-from hf_sai.kernels import fused_moments
+from hf_sai.gsnr import BlockStatistics, measure, paper_scales
 from hf_sai.optimizer import SGDSaI
+from hf_sai.shards import gradient
+from hf_sai.update import fused_moments
 
 FORMAT = 1  # of the record: raised when its fields change their meaning
 
@@ -68,22 +69,14 @@ def measure_gradients(optimizer: Any, model: nn.Module) -> list[Measured]:
                 blocks.append((names[p].name if p in names else f"param_groups[{i}].params[{j}]", p, group))
     statistics = measure(
         [p for _, p, _ in blocks],
-        [_gradient(p) for _, p, _ in blocks],
+        [gradient(p) for _, p, _ in blocks],
         [group["eps"] if own else 1e-8 for _, _, group in blocks],
         fused_moments,
-        [own and group["scaling"] == "floor" for _, _, group in blocks],
     )
     return [
         Measured(name, group["scaling"] if own else None, s)
         for (name, _, group), s in zip(blocks, statistics, strict=True)
     ]
-
-
-def _gradient(p: Tensor) -> Tensor | None:
-    grad = p.grad
-    if grad is not None and is_dtensor(p) and grad.placements != p.placements:  # type: ignore[attr-defined]
-        grad = grad.redistribute(placements=p.placements)  # type: ignore[attr-defined]
-    return grad
 
 
 def usable(measured: Sequence[Measured]) -> list[Measured]:
@@ -92,14 +85,19 @@ def usable(measured: Sequence[Measured]) -> list[Measured]:
 
 
 def recalibrated(measured: Sequence[Measured]) -> dict[str, float]:
-    """The scale that each block would get if all were calibrated on these gradients; nothing without SGDSaI."""
-    found: dict[str, float] = {}
-    for scaling in SCALINGS:
+    """The scale that each block would get if all were calibrated on these gradients; nothing without SGDSaI.
+
+    Under ``scaling="adamw"``, that of the block as one channel.
+    """
+    scales: dict[str, float] = {}
+    for scaling in ("raw", "max"):
         members = [m for m in usable(measured) if m.scaling == scaling]
-        if members:
-            values = scales([m.statistics for m in members], scaling)
-            found |= {m.name: value for m, value in zip(members, values, strict=True)}
-    return found
+        values = paper_scales([m.statistics.gsnr for m in members], scaling)
+        scales |= {m.name: value for m, value in zip(members, values, strict=True)}
+    for m in usable(measured):
+        if m.scaling == "adamw":
+            scales[m.name] = math.sqrt(m.statistics.numel) / m.statistics.norm
+    return scales
 
 
 # --- the record of a run ---------------------------------------------------------------------------------------------

@@ -1,8 +1,14 @@
-"""What SGDSaI keeps of a parameter: allocated when it first has a gradient, loaded without a change of dtype.
+"""What SGDSaI keeps of a parameter, and how it is allocated and restored.
 
-``momentum_buffer`` (absent when momentum is 0), ``gsnr`` and ``scale`` (0-dim float32; until calibrated, ``gsnr`` is 0
-and ``scale`` not positive); with int8 momentum ``momentum_scale`` (one dimension, float32); where something is rounded
-stochastically ``rounding_step`` (0-dim int64). Nothing else decides the trajectory.
+- ``momentum_buffer``: the parameter's shape; absent when momentum is 0.
+- ``gsnr``: 0-dim float32; 0 until the block is calibrated.
+- ``scale``: float32, the block's shape with the dimensions of a channel reduced to 1 (see :mod:`hf_sai.channels`).
+- ``calibration_step``: 0-dim int64 on the CPU; the usable gradients that the scale was made from, capped.
+- ``momentum_scale``: one dimension, float32; with int8 momentum only.
+- ``rounding_step``: 0-dim int64; updates so far, where something is rounded stochastically.
+
+For a flat partition of DeepSpeed's, ``gsnr`` and ``calibration_step`` have one number for each block in it, and
+``scale`` those of all blocks one after the other. Nothing else but the groups' options and ``step`` affects training.
 """
 
 from collections.abc import MutableMapping
@@ -11,67 +17,76 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_sai.checks import block_name, momentum_dtype
-from hf_sai.gsnr import is_dtensor
+from hf_sai.channels import channels
 from hf_sai.momentum import scale_count
+from hf_sai.options import momentum_dtype
+from hf_sai.shards import is_dtensor, sharded_like, to_local
 
 # The entries that keep their dtype whatever the parameter's is.
-_DTYPES = {
+DTYPES = {
     "gsnr": torch.float32,
     "scale": torch.float32,
+    "calibration_step": torch.int64,
     "momentum_scale": torch.float32,
     "rounding_step": torch.int64,
 }
+STATE = ("momentum_buffer", *DTYPES)
 
 
 def allocate(
-    state: MutableMapping[str, Tensor], p: Tensor, group: dict[str, Any], blocks: tuple[int, ...] = ()
+    state: MutableMapping[str, Any], p: Tensor, group: dict[str, Any], name: str, scale_counts: list[int] | None = None
 ) -> None:
-    """Add to a parameter's state what its group asks for and it does not have yet, all of it zero.
+    """Add to a parameter's state, as zeros, what its group asks for and it lacks.
 
     Args:
-        blocks: the shape of ``gsnr`` and ``scale``; ``(n,)`` for a partition of DeepSpeed's with n blocks.
+        state: of the parameter; what is there stays.
+        p: the parameter.
+        group: its param group.
+        name: of the parameter, for messages.
+        scale_counts: for a partition of DeepSpeed's, the number of channels of each block in it.
 
     Raises:
-        ValueError: for int8 momentum of a sharded parameter.
+        ValueError: for int8 momentum of a sharded parameter; nothing is allocated then.
     """
-    stored = {p.dtype}
-    if group["momentum"]:
-        dtype = momentum_dtype(p, group["momentum_dtype"])
-        stored.add(dtype)
-        if dtype == torch.int8 and is_dtensor(p):
-            index = next(i for i, q in enumerate(group["params"]) if q is p)
-            raise ValueError(
-                f"momentum_dtype='int8' is not for sharded parameters, {block_name(group, index)} is a DTensor: "
-                "elements that share a scale may lie on two processes; use 'bfloat16'"
-            )
-        if "momentum_buffer" not in state:
-            # The codes of int8 are in row-major order, whatever the parameter's memory format is.
-            layout = torch.contiguous_format if dtype == torch.int8 else torch.preserve_format
-            state["momentum_buffer"] = torch.zeros_like(p, dtype=dtype, memory_format=layout)
-        if dtype == torch.int8 and "momentum_scale" not in state:
-            state["momentum_scale"] = torch.zeros(scale_count(p.numel()), dtype=torch.float32, device=p.device)
-    for key in ("gsnr", "scale"):
-        if key not in state:
-            state[key] = torch.zeros(blocks, dtype=torch.float32, device=p.device)
-    stochastic = torch.int8 in stored or (group["stochastic_rounding"] and torch.bfloat16 in stored)
+    dtype = momentum_dtype(p, group["momentum_dtype"]) if float(group["momentum"]) else p.dtype
+    if dtype == torch.int8 and is_dtensor(p):
+        raise ValueError(
+            f"momentum_dtype='int8' does not support sharded parameters, and {name} is a DTensor: elements that share "
+            "a scale may be on two processes; use 'bfloat16'"
+        )
+    if not float(group["momentum"]):
+        state.pop("momentum_buffer", None)
+        state.pop("momentum_scale", None)
+    elif "momentum_buffer" not in state:
+        # int8 codes are in row-major order, whatever the parameter's memory format is.
+        layout = torch.contiguous_format if dtype == torch.int8 else torch.preserve_format
+        state["momentum_buffer"] = torch.zeros_like(p, dtype=dtype, memory_format=layout, requires_grad=False)
+    if dtype == torch.int8 and "momentum_scale" not in state:
+        state["momentum_scale"] = torch.zeros(scale_count(p.numel()), dtype=torch.float32, device=p.device)
+    blocks = () if scale_counts is None else (len(scale_counts),)
+    if "gsnr" not in state:
+        state["gsnr"] = torch.zeros(blocks, dtype=torch.float32, device=p.device)
+    if "scale" not in state:
+        state["scale"] = _zero_scale(p, group, scale_counts)
+    if "calibration_step" not in state:
+        state["calibration_step"] = torch.zeros(blocks, dtype=torch.int64, device="cpu")
+    stochastic = dtype == torch.int8 or (group["stochastic_rounding"] and torch.bfloat16 in (p.dtype, dtype))
     if stochastic and "rounding_step" not in state:
         state["rounding_step"] = torch.zeros((), dtype=torch.int64, device=p.device)
 
 
-def restore(state: MutableMapping[str, Tensor], saved: dict[str, Any], p: Tensor, group: dict[str, Any]) -> None:
+def _zero_scale(p: Tensor, group: dict[str, Any], scale_counts: list[int] | None) -> Tensor:
+    if scale_counts is not None:
+        return torch.zeros(sum(scale_counts), dtype=torch.float32, device=p.device)
+    shape = channels(p.shape, group["scaling"], group["token_rows"]).shape
+    local = to_local(p.detach())
+    sizes = [1 if n == 1 else m for n, m in zip(shape, local.shape, strict=True)]
+    return sharded_like(torch.zeros(sizes, dtype=torch.float32, device=local.device), shape, p)
+
+
+def restore(state: MutableMapping[str, Any], saved: dict[str, Any], p: Tensor, group: dict[str, Any]) -> None:
     """Overwrite a parameter's state with copies of the saved tensors: torch has cast them to the parameter's dtype."""
-    dtypes = {**_DTYPES, "momentum_buffer": momentum_dtype(p, group["momentum_dtype"])}
-    for name in saved.keys() & dtypes.keys():
-        state[name] = saved[name].to(p.device, dtypes[name], copy=True)
-
-
-def shard_number(p: Tensor) -> int:
-    """Which of a parameter's shards this process holds; 0 for a parameter that is not sharded."""
-    number = 0
-    if is_dtensor(p):
-        mesh: Any = p.device_mesh  # type: ignore[attr-defined]
-        for dim, placement in enumerate(p.placements):  # type: ignore[attr-defined]
-            if not placement.is_replicate():
-                number = number * mesh.size(dim) + mesh.get_local_rank(dim)
-    return number
+    for name in saved.keys() & set(STATE):
+        dtype = DTYPES.get(name) or momentum_dtype(p, group["momentum_dtype"])
+        device = torch.device("cpu") if name == "calibration_step" else p.device
+        state[name] = saved[name].to(device, dtype, copy=True)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from hf_sai.blocks import block_names
 from hf_sai.optimizer import SGDSaI
+from hf_sai.shards import to_local
 
 
 class GSNRRow(NamedTuple):
@@ -18,7 +19,8 @@ class GSNRRow(NamedTuple):
         shape: its shape; the global one where the parameter is a sharded ``DTensor``.
         numel: d, its element count.
         gsnr: its g-SNR, 0.0 until it is calibrated.
-        scale: what multiplies the learning rate, 0.0 until it is calibrated.
+        scale: what multiplies the learning rate, 0.0 until it is calibrated. Where channels have scales of their own,
+            the one of the whole block: the root of the harmonic mean of their squares (of those on this process).
         calibrated: whether it has had a usable gradient.
     """
 
@@ -53,9 +55,16 @@ def gsnr_table(optimizer: Any, model: nn.Module) -> list[GSNRRow]:
     names: dict[Tensor, str] = {**named, **{p: place for place, p, _ in blocks if p not in named}}
     measured = _to_host([states[p] for p in names])
     return [
-        GSNRRow(name, tuple(p.shape), p.numel(), max(0.0, gsnr), max(0.0, scale), gsnr > 0.0)
+        GSNRRow(name, tuple(p.shape), p.numel(), gsnr, scale, gsnr > 0.0)
         for (p, name), (gsnr, scale) in zip(names.items(), measured, strict=True)
     ]
+
+
+def scale_of_block(scale: Tensor) -> Tensor:
+    """One scale, 0-dim float32, that stands for those of a block's channels; 0 for a block without any."""
+    local = to_local(scale).float()
+    mean = torch.where(local > 0, local, torch.inf).pow(-2).mean()
+    return torch.where(mean > 0, mean.rsqrt(), torch.zeros_like(mean))
 
 
 def unwrap_sgd_sai(optimizer: Any) -> SGDSaI:
@@ -70,7 +79,7 @@ def unwrap_sgd_sai(optimizer: Any) -> SGDSaI:
 
 def _to_host(states: Sequence[Mapping[str, Tensor]]) -> list[tuple[float, float]]:
     """(gsnr, scale) of each state, zeros for a block that has none yet, with one synchronisation for all."""
-    pairs = [(s["gsnr"], s["scale"]) for s in states if s]
+    pairs = [(s["gsnr"], scale_of_block(s["scale"])) for s in states if s]
     if not pairs:
         return [(0.0, 0.0)] * len(states)
     device = pairs[0][0].device

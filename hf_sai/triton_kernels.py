@@ -2,9 +2,9 @@
 
 For each element, with everything in float32 registers::
 
-    g = grad / grad_scale                      (nothing at all happens where found_inf is not 0)
-    m = m + (1 - momentum) * (g - m)           (g = -g first if maximize)
-    p = (1 - lr * weight_decay) * p - lr * scale * m
+    u = clamp(s * g, -limit, limit)            (s: the scale of the element's channel; g = -g first if maximize)
+    m = m + weight * (u - m)
+    p = (1 - lr * weight_decay) * p - lr * m
 
 p, g and m are read once, p and m are written once: 20 bytes a float32 parameter, 8 with bfloat16 parameters and
 int8 momentum. Constants of a kernel are in capitals.
@@ -13,15 +13,16 @@ int8 momentum. Constants of a kernel are in capitals.
 # ruff: noqa: N803
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
+import os
+
 import triton
 import triton.language as tl
 
-from hf_sai.kernels import triton_is_interpreted
 from hf_sai.momentum import CODE_BLOCK, LEVELS, SMALLEST
 from hf_sai.rounding import GOLDEN, MULTIPLIERS
 
 # Columns of the table.
-_COLUMNS = tl.constexpr(8)
+_COLUMNS = tl.constexpr(10)
 
 _CODE_BLOCK = tl.constexpr(CODE_BLOCK)
 _LEVELS = tl.constexpr(LEVELS)
@@ -30,7 +31,7 @@ _GOLDEN = tl.constexpr(GOLDEN)
 _FIRST = tl.constexpr(MULTIPLIERS[0])
 _SECOND = tl.constexpr(MULTIPLIERS[1])
 
-_INTERPRETED = tl.constexpr(triton_is_interpreted())
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
@@ -61,18 +62,21 @@ def _update_piece(
     g_ptr,
     m_ptr,
     code_scale_ptr,
+    scale_ptr,
     first,
     numel,
+    columns,
+    rows_of_matrix,
     key,
     decay,
-    step,
-    inverse_grad_scale,
+    lr,
     weight,
+    limit,
     HAS_MOMENTUM: tl.constexpr,
     INT8: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     MAXIMIZE: tl.constexpr,
-    GRAD_SCALE: tl.constexpr,
+    LIMITED: tl.constexpr,
     MASKED: tl.constexpr,
     PIECE: tl.constexpr,
 ):
@@ -89,8 +93,25 @@ def _update_piece(
 
     p = tl.load(p_ptr + offsets, mask=mask, other=other).to(tl.float32)
     g = tl.load(g_ptr + offsets, mask=mask, other=other).to(tl.float32)
-    if GRAD_SCALE:
-        g = g * inverse_grad_scale
+    if rows_of_matrix < 0:
+        g = g * tl.load(scale_ptr)
+    else:
+        # Only the first element needs 64 bits: the others are less than a piece away.
+        narrow = columns.to(tl.int32)
+        column = (first % columns).to(tl.int32) + offsets
+        row = column // narrow
+        column = column - row * narrow
+        first_row = first // columns
+        if rows_of_matrix > 0:
+            row = (first_row % rows_of_matrix).to(tl.int32) + row
+            matrix = first_row // rows_of_matrix + row // rows_of_matrix.to(tl.int32)
+            channel = matrix * columns + column
+        else:
+            channel = first_row + row
+        g = g * tl.load(scale_ptr + channel, mask=mask, other=other)
+    if LIMITED:  # NaN stays NaN
+        g = tl.where(g > limit, limit, g)
+        g = tl.where(g < -limit, -limit, g)
     if MAXIMIZE:
         g = -g
     if INT8 or STOCHASTIC:
@@ -117,7 +138,7 @@ def _update_piece(
             tl.store(m_ptr + offsets, _nearest(m, m_ptr.dtype.element_ty), mask=mask)
     else:
         m = g
-    p = p * decay - step * m
+    p = p * decay - lr * m
     if STOCHASTIC and p_ptr.dtype.element_ty == tl.bfloat16:
         tl.store(p_ptr + offsets, _stochastic_bfloat16(p, bits), mask=mask)
     else:
@@ -132,15 +153,14 @@ def _pointer(row_ptr, column: tl.constexpr, dtype: tl.constexpr, offset, ALIGNED
 
 @triton.jit
 def update_kernel(
-    table_ptr,  # (blocks, 8): addresses of p, g, m, its scales, scale and counter; number of elements; seed
+    table_ptr,  # (blocks, 10): addresses of p, g, m, its int8 scales, scale and counter; elements; seed; columns; rows
     tiles_ptr,  # (programs, 2): the block of a program and which of its tiles
     lr_ptr,
-    grad_scale_ptr,
-    found_inf_ptr,
     lr,
     decay,
     weight_decay,
     weight,
+    limit,
     P_DTYPE: tl.constexpr,
     G_DTYPE: tl.constexpr,
     M_DTYPE: tl.constexpr,
@@ -148,9 +168,8 @@ def update_kernel(
     INT8: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     MAXIMIZE: tl.constexpr,
+    LIMITED: tl.constexpr,
     LR_TENSOR: tl.constexpr,
-    GRAD_SCALE: tl.constexpr,
-    FOUND_INF: tl.constexpr,
     ALIGNED: tl.constexpr,
     TILE: tl.constexpr,
     PIECE: tl.constexpr,
@@ -159,8 +178,6 @@ def update_kernel(
     row_ptr = table_ptr + tl.load(tiles_ptr + 2 * program) * _COLUMNS
     begin = tl.load(tiles_ptr + 2 * program + 1).to(tl.int64) * TILE
     numel = tl.load(row_ptr + 6)
-    if FOUND_INF:  # nothing to do, then
-        numel = tl.where(tl.load(found_inf_ptr).to(tl.float32) != 0, 0, numel)
     p_ptr = _pointer(row_ptr, 0, P_DTYPE, begin, ALIGNED)
     g_ptr = _pointer(row_ptr, 1, G_DTYPE, begin, ALIGNED)
     m_ptr = p_ptr
@@ -170,30 +187,28 @@ def update_kernel(
         m_ptr = _pointer(row_ptr, 2, M_DTYPE, begin, ALIGNED)
         if INT8:
             code_scale_ptr = _pointer(row_ptr, 3, tl.float32, begin // _CODE_BLOCK, ALIGNED)
-    scale = tl.load(tl.load(row_ptr + 4).to(tl.pointer_type(tl.float32)))
+    scale_ptr = tl.load(row_ptr + 4).to(tl.pointer_type(tl.float32))
+    columns = tl.load(row_ptr + 8)
+    rows = tl.load(row_ptr + 9)
     if INT8 or STOCHASTIC:
         counter = tl.load(tl.load(row_ptr + 5).to(tl.pointer_type(tl.int64))).to(tl.uint32)
         key = _hash(_hash(tl.load(row_ptr + 7).to(tl.uint32) + 1) + counter)
     if LR_TENSOR:
         lr = tl.load(lr_ptr).to(tl.float32)
         decay = 1 - lr * weight_decay
-    inverse_grad_scale = 1.0
-    if GRAD_SCALE:
-        inverse_grad_scale = tl.div_rn(1.0, tl.load(grad_scale_ptr).to(tl.float32))
-    step = lr * scale
     if begin + TILE <= numel:
         for done in range(0, TILE, PIECE):
             _update_piece(
-                p_ptr + done, g_ptr + done, m_ptr + done, code_scale_ptr + done // _CODE_BLOCK, begin + done, numel,
-                key, decay, step, inverse_grad_scale, weight,
-                HAS_MOMENTUM, INT8, STOCHASTIC, MAXIMIZE, GRAD_SCALE, False, PIECE,
+                p_ptr + done, g_ptr + done, m_ptr + done, code_scale_ptr + done // _CODE_BLOCK, scale_ptr,
+                begin + done, numel, columns, rows, key, decay, lr, weight, limit,
+                HAS_MOMENTUM, INT8, STOCHASTIC, MAXIMIZE, LIMITED, False, PIECE,
             )  # fmt: skip
     else:
         for done in range(0, tl.minimum(numel - begin, TILE).to(tl.int32), PIECE):
             _update_piece(
-                p_ptr + done, g_ptr + done, m_ptr + done, code_scale_ptr + done // _CODE_BLOCK, begin + done, numel,
-                key, decay, step, inverse_grad_scale, weight,
-                HAS_MOMENTUM, INT8, STOCHASTIC, MAXIMIZE, GRAD_SCALE, True, PIECE,
+                p_ptr + done, g_ptr + done, m_ptr + done, code_scale_ptr + done // _CODE_BLOCK, scale_ptr,
+                begin + done, numel, columns, rows, key, decay, lr, weight, limit,
+                HAS_MOMENTUM, INT8, STOCHASTIC, MAXIMIZE, LIMITED, True, PIECE,
             )  # fmt: skip
 
 

@@ -1,23 +1,23 @@
 """DeepSpeed ZeRO 1 and 2: the blocks inside a flat partition. ZeRO 3 and other flattening is refused.
 
 ZeRO takes the parameters of a group out of the optimizer and puts one flat tensor in their place: this process's
-partition of all of them, ends of blocks and padding included. The g-SNR of that mixture is about the square root of its
-length, whatever the blocks are. Here each group's blocks are found again in its partition, by what DeepSpeed notes on
-the model's parameters (``_hp_mapping``, ``_dp_group``), so that each has its own g-SNR, reduced over the processes.
-
-ZeRO also steps one group after the other. Scales that depend on all groups (all but "raw") are known at the last one:
-blocks of earlier groups that have their first gradient wait for it.
+partition of all of them, with parts of blocks at its ends and padding. This module finds each block again by what
+DeepSpeed notes on the model's parameters (``_hp_mapping``, ``_dp_group``), so that the optimizer sees blocks and not a
+mixture of them. ZeRO steps one group after the other, so ``scaling="max"``, which compares all blocks, is refused.
 """
 
-import weakref
+import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_sai.batches import Member, State
+from hf_sai.channels import channels
 from hf_sai.checks import INSTEAD, block_name, check_whole
-from hf_sai.gsnr import Segment, is_dtensor
+from hf_sai.shards import Segment, is_dtensor
 
 
 class Partition:
@@ -26,110 +26,120 @@ class Partition:
     Attributes:
         flat: what the optimizer holds, one dimension.
         params: the model's parameters, which are the blocks of the group, in order.
-        segments: what is here of each of them, which can be nothing.
+        segments: the part of each of them on this process; may be empty.
+        scale_counts: the number of channels of each block.
     """
 
-    def __init__(self, flat: Tensor, params: Sequence[Tensor], names: Sequence[str]) -> None:
-        self.flat = flat
-        self.params = list(params)
-        self.places: list[tuple[int, int]] = []
-        self.segments = []
+    def __init__(self, flat: Tensor, params: Sequence[Tensor], names: Sequence[str], group: dict[str, Any]) -> None:
+        self.flat, self.params = flat, list(params)
+        self._spans: list[tuple[int, int]] = []
+        self.segments: list[Segment] = []
         for p, name in zip(params, names, strict=True):
             mapping: Any = p._hp_mapping  # type: ignore[attr-defined]
-            address = mapping.get_hp_fragment_address() if mapping is not None else None
-            start, length = (address.start, address.numel) if address is not None else (0, 0)
-            self.places.append((start, length))
+            start, length, begins = 0, 0, 0
+            if mapping is not None:
+                address = mapping.get_hp_fragment_address()
+                start, length, begins = address.start, address.numel, mapping.lp_fragment_address.start
+            self._spans.append((start, length))
+            process_group: Any = p._dp_group  # type: ignore[attr-defined]
             part = flat.detach()[start : start + length]
-            group: Any = p._dp_group  # type: ignore[attr-defined]
-            self.segments.append(Segment(name, part, p.numel(), group, p.device))
-        self._states: list[dict[str, Tensor]] = []
-        self._of: Tensor | None = None
+            self.segments.append(Segment(name, part, begins, p.shape, process_group, p.device))
+        shapes = [channels(p.shape, group["scaling"], group["token_rows"]).shape for p in params]
+        self.scale_counts = [shape.numel() for shape in shapes]
 
     def split(self, tensor: Tensor) -> list[Tensor]:
         """The parts of a tensor of the partition's shape that belong to each block."""
-        return [tensor[start : start + length] for start, length in self.places]
+        return [tensor[start : start + length] for start, length in self._spans]
 
-    def states(self, state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-        """Each block's part of the partition's state; the same views as long as the state holds the same tensors."""
-        if self._of is not state["scale"]:
-            numbers = ("gsnr", "scale")
-            views = [{key: state[key][i] for key in numbers} for i in range(len(self.segments))]
-            if "momentum_buffer" in state:
-                for view, part in zip(views, self.split(state["momentum_buffer"]), strict=True):
-                    view["momentum_buffer"] = part
-            self._states, self._of = views, state["scale"]
-        return self._states
+    def states(self, state: State) -> list[State]:
+        """The state of each block, as views of that of the partition."""
+        views: list[State] = [
+            {"gsnr": state["gsnr"][i], "scale": scale, "calibration_step": state["calibration_step"][i]}
+            for i, scale in enumerate(state["scale"].split(self.scale_counts))
+        ]
+        if "momentum_buffer" in state:
+            for view, part in zip(views, self.split(state["momentum_buffer"]), strict=True):
+                view["momentum_buffer"] = part
+        return views
 
-    def publish(self) -> None:
-        """Copy the partition into the model's parameters, as DeepSpeed does after it has stepped a group."""
-        for p in self.params:
-            mapping: Any = p._hp_mapping  # type: ignore[attr-defined]
-            if mapping is not None:
-                mapping.update_lp()
+    def members(self, state: State, index: int, starts: bool) -> list[Member]:
+        """The blocks of the partition, which is the parameter ``index`` of its group."""
+        pairs = zip(self.segments, self.states(state), strict=True)
+        return [Member(segment, segment.name, own, index, 0, starts) for segment, own in pairs]
 
 
-class Given:
-    """The groups that an optimizer was given, to see what a library has put in their place since."""
+class Partitions:
+    """Finds out which parameters of an optimizer are partitions.
+
+    It keeps the parameters that each group was made with until the first step, where DeepSpeed may take them out of
+    the group: nothing else connects a partition with the parameters in it.
+    """
 
     def __init__(self) -> None:
-        self._groups: list[tuple[dict[str, Any], list[weakref.ref[Tensor]], list[str]]] = []
-        self._known: dict[int, weakref.ref[Tensor]] = {}
+        self._groups: list[tuple[dict[str, Any], list[Tensor] | None, list[str]]] = []
         self._partitions: dict[Tensor, Partition] = {}
 
     def add(self, group: dict[str, Any]) -> None:
+        """Note a new param group."""
         names = [block_name(group, i) for i in range(len(group["params"]))]
-        refs = [weakref.ref(p) for p in group["params"]]
-        self._groups.append((group, refs, names))
-        self._known.update((id(p), ref) for p, ref in zip(group["params"], refs, strict=True))
+        self._groups.append((group, list(group["params"]) if _deepspeed_may_follow() else None, names))
 
     def replace(self, old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> None:
         """Follow groups whose dicts have been replaced, as ``load_state_dict`` does."""
         by_id = {id(group): replacement for group, replacement in zip(old, new, strict=True)}
-        self._groups = [(by_id.get(id(group), group), refs, names) for group, refs, names in self._groups]
+        self._groups = [(by_id.get(id(group), group), params, names) for group, params, names in self._groups]
 
-    def partition(self, p: Tensor) -> Partition | None:
+    def forget(self) -> None:
+        """Let the parameters go that are not in a partition."""
+        if not self._partitions:
+            self._groups = [(group, None, names) for group, _, names in self._groups]
+
+    def of(self, p: Tensor) -> Partition | None:
         """The partition that a parameter of the optimizer is, or None if it is an ordinary parameter."""
         return self._partitions.get(p) if self._partitions else None
 
-    def block_counts(self) -> dict[Tensor, int]:
-        """The number of blocks in each partition."""
-        return {flat: len(partition.segments) for flat, partition in self._partitions.items()}
+    def scale_counts(self) -> dict[Tensor, list[int]]:
+        """For each partition, the number of channels of each block."""
+        return {flat: partition.scale_counts for flat, partition in self._partitions.items()}
 
-    def groups(self) -> list[dict[str, Any]]:
-        """All groups, in a step of one of them too."""
-        return [group for group, _, _ in self._groups]
+    def all_groups(self, current: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+        """All groups, also while DeepSpeed steps one of them."""
+        return [group for group, _, _ in self._groups] if self._partitions else current
 
-    def is_last(self, group: dict[str, Any]) -> bool:
-        """Whether no group with parameters comes after this one."""
-        return next(g for g in reversed(self.groups()) if g["params"]) is group
-
-    def check(self, group: dict[str, Any], index: int) -> None:
-        """Recognise a parameter that this optimizer has no state of yet.
+    def recognise(self, group: dict[str, Any], index: int) -> None:
+        """Look at a parameter that has no state yet.
 
         Raises:
             ValueError: for one that is neither a block nor a partition whose blocks can be found.
         """
-        p = group["params"][index]
-        name = block_name(group, index)
+        p, name = group["params"][index], block_name(group, index)
         check_whole(p, name)
-        known = self._known.get(id(p))
-        if is_dtensor(p) or p.dim() != 1 or (known is not None and known() is p):
+        if is_dtensor(p) or p.dim() != 1 or isinstance(p, torch.nn.Parameter) or p in self._partitions:
             return
-        refs, names = next(((refs, names) for g, refs, names in self._groups if g is group), ([], []))
-        params = [q for ref in refs if (q := ref()) is not None]
-        linked = [q for q in params if hasattr(q, "_hp_mapping")]
+        params, names = next(((params, names) for g, params, names in self._groups if g is group), (None, []))
+        if params is not None and any(p is q for q in params):
+            return
+        linked = [(q, n) for q, n in zip(params or [], names, strict=False) if hasattr(q, "_hp_mapping")]
         if not linked:
-            # Copies of every parameter, in another dtype say, are blocks as before.
-            if [q.shape for q in params] == [q.shape for q in group["params"]]:
+            if len(group["params"]) >= len(names):  # a tensor that the user has put in
                 return
             raise ValueError(
-                f"{name} has taken the place of {len(refs)} parameters that SGDSaI was given, and the g-SNR of that "
+                f"{name} has taken the place of {len(names)} parameters that SGDSaI was given, and a scale of that "
                 f"mixture would be that of no block; {INSTEAD}"
             )
         if group["momentum_dtype"] in (torch.int8, "int8") or group["stochastic_rounding"]:
             raise ValueError(
-                f"momentum_dtype='int8' and stochastic_rounding are not for DeepSpeed ZeRO, which holds {name} in "
+                f"momentum_dtype='int8' and stochastic_rounding do not support DeepSpeed ZeRO, which holds {name} in "
                 "float32 flat partitions; leave them out"
             )
-        pairs = [(q, n) for ref, n in zip(refs, names, strict=True) if (q := ref()) is not None and q in set(linked)]
-        self._partitions[p] = Partition(p, [q for q, _ in pairs], [n for _, n in pairs])
+        if group["scaling"] == "max" and len(self._groups) > 1:
+            raise ValueError(
+                "scaling='max' compares the blocks of all groups, and DeepSpeed ZeRO steps one group after the other; "
+                "use one param group, or scaling='raw'"
+            )
+        self._partitions[p] = Partition(p, [q for q, _ in linked], [n for _, n in linked], group)
+
+
+def _deepspeed_may_follow() -> bool:
+    """FSDP replaces parameters, too: whole ones must not be kept alive there."""
+    return "deepspeed" in sys.modules and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true"

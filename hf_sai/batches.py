@@ -1,0 +1,231 @@
+"""Blocks of one shape as one batch, so that LoRA's hundreds of small tensors take a few operations a step.
+
+A batch is a cache of a group's parameters and state. It is rebuilt when either has been replaced, and never affects
+the result. On a CPU the momentum and the scales of small blocks of one shape are views of two tensors of the batch.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from hf_sai.channels import Channels, channel_index, channels, matrix_layout
+from hf_sai.kernels import Blocks
+from hf_sai.shards import Segment, is_sharded, to_local
+
+# Elements of the largest block whose state is stacked.
+_SMALL = 1 << 16
+# Elements of the largest batch of several blocks.
+_STACK = 1 << 18
+# Elements handled at once where a temporary is needed on a CPU.
+_CPU_PIECE = 1 << 20
+
+State = dict[str, Any]
+
+
+class Member:
+    """One block of the current group.
+
+    Attributes:
+        param: the optimizer's parameter, or a segment of a flat one.
+        name: for messages.
+        state: its state.
+        index: of the parameter in its group.
+        count: usable gradients so far, capped: ``calibration_step`` on the host.
+        starts: whether its momentum begins with the next gradient.
+        seed: of its random bits.
+    """
+
+    __slots__ = ("count", "index", "name", "param", "seed", "starts", "state")
+
+    def __init__(self, param: Tensor | Segment, name: str, state: State, index: int, seed: int, starts: bool) -> None:
+        self.param, self.name, self.state, self.index, self.seed = param, name, state, index, seed
+        self.count = int(state["calibration_step"])
+        self.starts = starts
+
+
+class Batch:
+    """Blocks of one shape, dtype and device.
+
+    Attributes:
+        members: the blocks; more than one only where their state is stacked.
+        channels: how each of them falls into channels.
+        momentum: (members, *local shape), None where momentum is 0.
+        scale: (members, *local shape of the scales), float32.
+        counts: (members,) int64, their ``calibration_step``.
+    """
+
+    def __init__(
+        self, members: list[Member], layout: Channels, momentum: Tensor | None, scale: Tensor, counts: Tensor
+    ) -> None:
+        self.members, self.channels = members, layout
+        self.momentum, self.scale, self.counts = momentum, scale, counts
+        self._singles: list[Batch] | None = None
+        first = members[0].param
+        self.dtype, self.sharded = to_local(first).dtype, is_sharded(first)
+        self.is_plain = type(first) in (Parameter, Tensor)
+        if isinstance(first, Segment):
+            self.columns, self.rows = 1, 0
+        else:
+            self.columns, self.rows = matrix_layout(to_local(first).shape, layout.dims)
+
+    def is_early(self, window: int) -> bool:
+        """Whether a block has had fewer usable gradients than ``window``."""
+        return any(m.count < window for m in self.members)
+
+    def store_counts(self) -> None:
+        """Write the counts of the members to the state."""
+        if self.is_uniform():
+            self.counts.fill_(self.members[0].count)
+        else:
+            self.counts.copy_(torch.tensor([m.count for m in self.members], device=self.counts.device))
+
+    def is_uniform(self) -> bool:
+        """Whether all blocks are at the same count."""
+        first = self.members[0]
+        return len(self.members) == 1 or all(m.count == first.count and m.starts == first.starts for m in self.members)
+
+    def singles(self) -> "list[Batch]":
+        """The same blocks as batches of one."""
+        if self._singles is None:
+            self._singles = [self] if len(self.members) == 1 else [self._single(i) for i in range(len(self.members))]
+        return self._singles
+
+    def _single(self, i: int) -> "Batch":
+        momentum = None if self.momentum is None else self.momentum[i : i + 1]
+        return Batch([self.members[i]], self.channels, momentum, self.scale[i : i + 1], self.counts[i : i + 1])
+
+    def blocks(self, grads: Sequence[Tensor]) -> Blocks:
+        """What an update path takes, for local gradients of all members."""
+        first = self.members[0]
+        scale = self.scale
+        if isinstance(first.param, Segment):
+            s = first.param
+            scale = scale[0, channel_index(s.start, s.part.numel(), s.shape, self.channels.dims, scale.device)][None]
+        momentum_scale, counter = first.state.get("momentum_scale"), first.state.get("rounding_step")
+        params = [to_local(m.param) for m in self.members]
+        return Blocks(
+            params, grads, self.momentum, scale, self.columns, self.rows, momentum_scale, counter, first.seed
+        )  # fmt: skip
+
+    def mean_squares(self, grads: Sequence[Tensor | None]) -> Tensor:
+        """The mean of g^2 over each channel: this process's share of it, of the shape of ``scale``, float32 or float64.
+
+        Args:
+            grads: local gradients; None stands for zeros, on a process that has none of a sharded block.
+        """
+        first, dims = self.members[0].param, self.channels.dims
+        present = [g for g in grads if g is not None]
+        if not present:
+            return torch.zeros_like(self.scale)
+        wide = torch.float64 if present[0].dtype == torch.float64 else torch.float32
+        if isinstance(first, Segment):
+            sums = torch.zeros(self.scale.shape[1], dtype=wide, device=self.scale.device)
+            for start in range(0, present[0].numel(), _CPU_PIECE):
+                piece = present[0][start : start + _CPU_PIECE].to(wide)
+                index = channel_index(first.start + start, piece.numel(), first.shape, dims, piece.device)
+                sums.index_add_(0, index, piece.square())
+            return (sums / self.channels.size)[None]
+        stacked = torch.stack(present) if len(present) > 1 else present[0].unsqueeze(0)
+        return _sum_of_squares(stacked, tuple(d + 1 for d in dims), wide) / self.channels.size
+
+
+def _sum_of_squares(x: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Sums of x^2 over ``dims``, which are kept with size 1."""
+    if not dims:
+        return x.to(dtype).square()
+    if x.is_cuda or dims[-1] == x.dim() - 1:
+        return torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=dtype).square()
+    # On a CPU a norm over columns is fifty times slower than a sum of them.
+    if len(x) > 1 or x.numel() <= _CPU_PIECE or dims != (1,):
+        return torch.stack([_column_squares(matrix, dims[0] - 1, dtype) for matrix in x])
+    rows = max(1, _CPU_PIECE * x.shape[1] // x.numel())
+    total = torch.zeros(1, *x.shape[2:], dtype=dtype, device=x.device)
+    for i in range(0, x.shape[1], rows):
+        total += _column_squares(x[0, i : i + rows], 0, dtype)
+    return total[None]
+
+
+def _column_squares(x: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype).square().sum(dim, keepdim=True)
+
+
+class GroupBatches:
+    """The batches of one param group, and what they were made from.
+
+    Attributes:
+        batches: of all parameters with state.
+        at: for the index of a parameter with state, its blocks as batches of one; several for a partition.
+    """
+
+    def __init__(self, group: dict[str, Any], members: Iterable[Member], idle: list[Tensor]) -> None:
+        stacks: dict[tuple[Any, ...], list[Member]] = {}
+        for m in members:
+            key: tuple[Any, ...] = (m.index, m.name)
+            if _stacks(m):
+                buffer = m.state.get("momentum_buffer")
+                key = (m.param.shape, m.param.dtype, None if buffer is None else buffer.dtype)  # type: ignore[union-attr]
+            stacks.setdefault(key, []).append(m)
+        self.batches = [_batch(part, group) for same in stacks.values() for part in _in_cache(same)]
+        self.at: dict[int, list[Batch]] = {}
+        for batch in self.batches:
+            for m, single in zip(batch.members, batch.singles(), strict=True):
+                self.at.setdefault(m.index, []).append(single)
+        self._params, self._idle, self._options = list(group["params"]), idle, layout_options(group)
+        self._plain = [(m.param, b.dtype) for b in self.batches for m in b.members if isinstance(m.param, Parameter)]
+        own = [m for b in self.batches for m in b.members if not isinstance(m.param, Segment)]
+        self._states = [(m.param, m.state) for m in own]
+        self._held = [(m.state.get, key, m.state.get(key)) for m in own for key in ("momentum_buffer", "scale")]
+
+    def is_current(self, group: dict[str, Any], states: Any) -> bool:
+        """Whether the parameters, the options and the state are those that the batches were made from."""
+        params = group["params"]
+        return (
+            len(params) == len(self._params)
+            and all(map(is_, params, self._params))
+            and self._options == layout_options(group)
+            and all([p.grad is None for p in self._idle])
+            and all([states.get(p) is state for p, state in self._states])
+            and all([get(key) is tensor for get, key, tensor in self._held])
+            and all([p.dtype is dtype for p, dtype in self._plain])
+        )
+
+
+def layout_options(group: dict[str, Any]) -> tuple[Any, ...]:
+    """The options that decide what the state of a parameter is."""
+    names = ("scaling", "token_rows", "momentum_dtype", "stochastic_rounding")
+    return (float(group["momentum"]) > 0, *(group[name] for name in names))
+
+
+def _in_cache(same: list[Member]) -> Iterator[list[Member]]:
+    """Parts of a stack whose temporaries stay in the cache of a core."""
+    size = max(1, _STACK // max(1, same[0].param.numel()))
+    for i in range(0, len(same), size):
+        yield same[i : i + size]
+
+
+def _stacks(m: Member) -> bool:
+    """Whether the state of a block may be a view of that of a batch."""
+    p = m.param
+    if type(p) not in (torch.nn.Parameter, Tensor) or not p.is_cpu or p.numel() > _SMALL:
+        return False
+    buffer = m.state.get("momentum_buffer")
+    return "rounding_step" not in m.state and (buffer is None or buffer.dtype != torch.int8)
+
+
+def _batch(same: list[Member], group: dict[str, Any]) -> Batch:
+    layout = channels(same[0].param.shape, group["scaling"], group["token_rows"])
+    buffers = [to_local(m.state["momentum_buffer"]) for m in same if "momentum_buffer" in m.state]
+    scales, counts = [to_local(m.state["scale"]) for m in same], [m.state["calibration_step"] for m in same]
+    if len(same) == 1:
+        momentum = buffers[0].unsqueeze(0) if buffers else None
+        return Batch(same, layout, momentum, scales[0].unsqueeze(0), counts[0].unsqueeze(0))
+    momentum, scale, count = torch.stack(buffers) if buffers else None, torch.stack(scales), torch.stack(counts)
+    for i, m in enumerate(same):
+        m.state["scale"], m.state["calibration_step"] = scale[i], count[i]
+        if momentum is not None:
+            m.state["momentum_buffer"] = momentum[i]
+    return Batch(same, layout, momentum, scale, count)

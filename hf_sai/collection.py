@@ -1,0 +1,165 @@
+"""Collects the blocks of a step: what has a gradient, its state, and how blocks fall into batches."""
+
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_sai.batches import Batch, GroupBatches, Member, State
+from hf_sai.calibration import LIMIT, Work
+from hf_sai.checks import block_name, check_parameters
+from hf_sai.options import Hyper
+from hf_sai.shards import gradient, is_sharded, shard_number, to_local
+from hf_sai.state import allocate
+from hf_sai.update import why_not_fused
+from hf_sai.zero import Partitions
+
+States = MutableMapping[Tensor, State]
+
+
+class Collector:
+    """The batches of an optimizer's groups. They are made again when parameters or state have been replaced."""
+
+    def __init__(self, partitions: Partitions) -> None:
+        self.partitions = partitions
+        self._batches: dict[int, GroupBatches] = {}
+
+    def work(self, group: dict[str, Any], groups: Sequence[dict[str, Any]], states: States) -> Iterator[Work]:
+        """The batches of a group with their gradients; blocks without a gradient are left out.
+
+        Raises:
+            ValueError: for a parameter or a gradient that SGDSaI cannot train with.
+        """
+        for batch in self.batches(group, groups, states).batches:
+            grads = self._gradients(group, batch)
+            if all([g is not None for g in grads]) and batch.is_uniform():
+                yield Work(group, batch, grads)
+                continue
+            for single, g in zip(batch.singles(), grads, strict=True):
+                # A process without a gradient still joins the collectives of a sharded block.
+                if g is not None or single.sharded:
+                    yield Work(group, single, [g])
+
+    def work_of(
+        self, group: dict[str, Any], index: int, groups: Sequence[dict[str, Any]], states: States
+    ) -> list[Work]:
+        """One parameter of a group."""
+        singles = self.batches(group, groups, states).at.get(index, [])
+        return [Work(group, single, self._gradients(group, single)) for single in singles]
+
+    def batches(self, group: dict[str, Any], groups: Sequence[dict[str, Any]], states: States) -> GroupBatches:
+        """The batches of a group, all of whose parameters with a gradient have a state then."""
+        held = self._batches.get(id(group))
+        if held is None or not held.is_current(group, states):
+            held = self._batches[id(group)] = self._make(group, groups, states)
+        return held
+
+    def has_calibrated(self, group: dict[str, Any]) -> bool:
+        """Whether a block of the group is calibrated."""
+        held = self._batches.get(id(group))
+        return held is not None and any(m.count for batch in held.batches for m in batch.members)
+
+    def _gradients(self, group: dict[str, Any], batch: Batch) -> "list[Tensor | None]":
+        if batch.is_plain:
+            grads = [m.param.grad for m in batch.members]
+        else:
+            grads = [self._local_gradient(group, m) for m in batch.members]
+        for m, g in zip(batch.members, grads, strict=True):
+            if g is not None and g.layout is not torch.strided:
+                raise ValueError(
+                    f"SGDSaI needs dense gradients, {m.name} has a sparse one; build its layer with sparse=False"
+                )
+        return grads
+
+    def _local_gradient(self, group: dict[str, Any], m: Member) -> Tensor | None:
+        p = group["params"][m.index]
+        g = gradient(p)
+        partition = self.partitions.of(p)
+        if g is None or partition is None:
+            return None if g is None else to_local(g)
+        parts = zip(partition.segments, partition.split(g), strict=True)
+        return next(part for segment, part in parts if segment is m.param)
+
+    def _make(self, group: dict[str, Any], groups: Sequence[dict[str, Any]], states: States) -> GroupBatches:
+        check_group_params(group)
+        first = 0
+        for other in self.partitions.all_groups(groups):
+            if other is group:
+                break
+            first += len(other["params"])
+        members: list[Member] = []
+        idle = []
+        for i, p in enumerate(group["params"]):
+            if not p.numel():
+                continue
+            if p.grad is None and "scale" not in states.get(p, {}) and not (p.requires_grad and is_sharded(p)):
+                idle.append(p)
+                continue
+            # Whatever can fail does so before the state is changed.
+            state = states.get(p, {})
+            begun = "momentum_buffer" in state
+            self.allocate(state, group, i)
+            states[p] = state
+            starts = not begun and "momentum_buffer" in state
+            partition = self.partitions.of(p)
+            if partition is not None:
+                members += partition.members(state, i, starts)
+            else:
+                members.append(Member(p, block_name(group, i), state, i, first + i + (shard_number(p) << 16), starts))
+        return GroupBatches(group, members, idle)
+
+    def allocate(self, state: State, group: dict[str, Any], index: int) -> None:
+        """Add to the state of a parameter what is missing in it."""
+        p = group["params"][index]
+        if "scale" not in state:
+            self.partitions.recognise(group, index)
+        partition = self.partitions.of(p)
+        allocate(state, p, group, block_name(group, index), partition.scale_counts if partition else None)
+
+
+def block_states(
+    groups: Sequence[dict[str, Any]], states: Mapping[Tensor, State], partitions: Partitions
+) -> list[tuple[str, Tensor, State]]:
+    """Every block as (index in the param groups, parameter of the model, state); states may be empty."""
+    rows: list[tuple[str, Tensor, State]] = []
+    for i, group in enumerate(groups):
+        for j, p in enumerate(group["params"]):
+            index, partition = f"param_groups[{i}].params[{j}]", partitions.of(p)
+            state = states.get(p, {})
+            if partition is None:
+                rows.append((index, p, state if "scale" in state else {}))
+            else:
+                rows += [(index, q, own) for q, own in zip(partition.params, partition.states(state), strict=True)]
+    return rows
+
+
+def check_group_params(group: dict[str, Any]) -> None:
+    """Raise ValueError for a parameter that cannot be trained, or not in the way that the group asks for."""
+    check_parameters(group)
+    for i, p in enumerate(group["params"]):
+        if group["fused"] and (reason := why_not_fused(p)):
+            raise ValueError(f"fused=True is impossible for {block_name(group, i)}: {reason}; leave it None")
+
+
+def in_phase(w: Work) -> Sequence[Work]:
+    """The same blocks in batches whose gradients have one weight in their momentum."""
+    if len(w.kinds) == 1 or (w.batch.is_uniform() and len(set(w.kinds)) == 1):
+        return (w,)
+    parts = [Work(w.group, single, [g]) for single, g in zip(w.batch.singles(), w.grads, strict=True)]
+    for part, kind in zip(parts, w.kinds, strict=True):
+        part.kinds = [kind]
+    return parts
+
+
+def hyper(w: Work) -> Hyper:
+    """What the update of some blocks needs besides their tensors."""
+    group = w.group
+    return Hyper(
+        lr=group["lr"] if isinstance(group["lr"], Tensor) else float(group["lr"]),
+        weight=w.weight(),
+        weight_decay=float(group["weight_decay"]),
+        limit=LIMIT if group["scaling"] == "adamw" else None,
+        maximize=group["maximize"],
+        stochastic_rounding=group["stochastic_rounding"],
+    )

@@ -1,0 +1,92 @@
+"""The hyper-parameters of a param group: which words and numbers they take, and what a kernel gets of them."""
+
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Scalar = float | Tensor
+
+# "adamw" is ours and speaks AdamW's units; the others are the paper's and speak its units.
+SCALINGS = ("adamw", "raw", "max")
+MOMENTUM_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+
+# What earlier versions had, and what replaces it.
+_GONE = {
+    "momentum_init": "leave it out: momentum begins without a bias under scaling='adamw', as in the paper otherwise",
+    "clip_threshold": "leave it out: scaling='adamw' bounds every element of an update",
+}
+_GONE_SCALINGS = {"floor": "'adamw'"}
+
+
+class Hyper(NamedTuple):
+    """What an update path needs besides the tensors.
+
+    Attributes:
+        lr: learning rate, a float or a one-element tensor.
+        weight: of the new gradient in the momentum, in (0, 1].
+        weight_decay: decoupled, in units of 1 / lr.
+        limit: largest magnitude of an element of the scaled gradient, None for no limit.
+        maximize: ascend instead of descend.
+        stochastic_rounding: round whatever is stored in bfloat16 stochastically.
+    """
+
+    lr: Scalar
+    weight: float
+    weight_decay: float
+    limit: float | None
+    maximize: bool
+    stochastic_rounding: bool
+
+
+def momentum_dtype(param: Tensor, choice: torch.dtype | str | None) -> torch.dtype:
+    """The dtype of a parameter's momentum buffer: the chosen one, else the parameter's own."""
+    if choice is None:
+        return param.dtype
+    return MOMENTUM_DTYPES[choice] if isinstance(choice, str) else choice
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Raise ValueError for the first hyper-parameter of a param group that is out of range."""
+    for name, instead in _GONE.items():
+        if name in group:
+            raise ValueError(f"{name} no longer exists; {instead}")
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr as a tensor must have one element, got shape {tuple(lr.shape)}")
+    _check_number("lr", lr)
+    _check_number("momentum", group["momentum"], below=1.0)
+    _check_number("eps", group["eps"])
+    _check_number("weight_decay", group["weight_decay"])
+    scaling = group["scaling"]
+    if scaling not in SCALINGS:
+        successor = f"; {scaling!r} is now {_GONE_SCALINGS[scaling]}" if scaling in _GONE_SCALINGS else ""
+        raise ValueError(f"scaling must be one of {', '.join(map(repr, SCALINGS))}, got {scaling!r}{successor}")
+    for name in ("maximize", "stochastic_rounding", "token_rows"):
+        if not isinstance(group[name], bool):
+            raise ValueError(f"{name} must be True or False, got {group[name]!r}")
+    for name in ("foreach", "fused"):
+        if group[name] not in (None, True, False):
+            raise ValueError(f"{name} must be True, False or None (chosen by the device), got {group[name]!r}")
+    if group["foreach"] and group["fused"]:
+        raise ValueError("foreach and fused cannot both be True; leave one of them None")
+    choice = group["momentum_dtype"]
+    if choice not in (None, *MOMENTUM_DTYPES, *MOMENTUM_DTYPES.values()):
+        raise ValueError(f"momentum_dtype must be None or one of {', '.join(MOMENTUM_DTYPES)}, got {choice!r}")
+
+
+def _check_number(name: str, value: Any, *, below: float = math.inf) -> None:
+    """Python and numpy numbers and one-element tensors and arrays are numbers; truth values are none."""
+    rule = f"in [0, {below:g})" if below < math.inf else "a finite number >= 0"
+    array = not isinstance(value, numbers.Number) and hasattr(value, "item") and getattr(value, "size", None) is not None
+    if array and (value.numel() if isinstance(value, Tensor) else value.size) == 1:
+        number = value.item()
+    else:
+        number = value
+    if isinstance(number, bool) or not isinstance(number, numbers.Real):
+        raise ValueError(f"{name} must be {rule}, got {value!r}")
+    if not 0.0 <= float(number) < below:
+        raise ValueError(f"{name} must be {rule}, got {float(number)!r}")

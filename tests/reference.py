@@ -1,0 +1,35 @@
+"""The default rule in float64, one block at a time and as plainly as it can be written: the twin of SGDSaI."""
+
+import torch
+from torch import Tensor
+
+
+class Reference:
+    """``SGDSaI(scaling="adamw")`` for one tensor; ``token_rows`` as in a param group."""
+
+    def __init__(self, p: Tensor, lr: float, momentum: float, weight_decay: float, token_rows: bool = False) -> None:
+        self.p, self.lr, self.momentum, self.weight_decay = p.double().clone(), lr, momentum, weight_decay
+        self.token_rows, self.count, self.m = token_rows, 0, torch.zeros_like(self.p)
+        matrix = self.p.flatten(1) if p.dim() > 1 else self.p.view(1, -1)
+        self.dim = 1 if p.dim() < 2 or token_rows or matrix.shape[0] >= matrix.shape[1] else 0
+        self.shape, self.v = matrix.shape, torch.zeros_like(matrix.sum(self.dim, keepdim=True))
+
+    def step(self, grad: Tensor, number: int) -> None:
+        """The optimizer's step ``number``, from 1."""
+        g = grad.double().view(self.shape)
+        if not self.count and not g.any():
+            self.p *= 1 - self.lr * self.weight_decay
+            return
+        early, usable = self.count < (1000 if self.token_rows else 60), bool(g.any()) or self.token_rows
+        self.count += early and usable
+        if (early and usable) or self.token_rows or number % 10 == 0:
+            square = g.square().mean(self.dim, keepdim=True)
+            seen = (self.v > 0) | self.token_rows
+            mean = torch.where(seen, self.v + (square - self.v) / self.count, square)
+            self.v = mean if self.token_rows else torch.where(square > 0, mean, self.v)
+        t = self.count if usable and early and self.count < 60 else None
+        weight = 1 - self.momentum if t is None else (1 - self.momentum) / (1 - self.momentum**t)
+        u = (g / (self.v.sqrt() + 1e-8)).clamp(-10, 10).view_as(self.p)
+        self.m += weight * (u - self.m)
+        self.p *= 1 - self.lr * self.weight_decay
+        self.p -= self.lr * self.m
