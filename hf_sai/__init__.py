@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hf_sai.optimizer import SGDSaI
+from hf_sai.param_groups import param_groups
 
 if TYPE_CHECKING:
     from hf_sai.callbacks import GSNRCallback
@@ -29,6 +30,7 @@ __all__ = [
     "SaITrainingArguments",
     "create_sgd_sai",
     "gsnr_table",
+    "param_groups",
     "register",
     "sgd_sai_from_args",
 ]

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,6 +17,7 @@ from transformers.training_args import OptimizerNames
 from hf_sai.checkpoints import TRAINER_STATE, last_whole_checkpoint
 from hf_sai.checks import ADAMW_UNITS, MOMENTUM_DTYPES, MOMENTUM_INITS, SCALINGS, check_group
 from hf_sai.optimizer import SGDSaI
+from hf_sai.param_groups import param_groups, split_token_rows
 
 OPTIM_NAME = "sgd_sai"
 
@@ -35,7 +36,7 @@ def register() -> None:
 
     @functools.wraps(stock)
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
-        return sgd_sai_from_args(args) if args.optim == OPTIM_NAME else stock(args, model)
+        return sgd_sai_from_args(args, model) if args.optim == OPTIM_NAME else stock(args, model)
 
     Trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)  # type: ignore[method-assign]
     _add_optimizer_name()
@@ -165,7 +166,7 @@ class SaITrainer(Trainer):
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
         """The optimizer's class and arguments that ``args`` ask for."""
         if args.optim == OPTIM_NAME:
-            return SGDSaI, _kwargs_from_args(args)[0]
+            return _class_for(model), _kwargs_from_args(args)[0]
         if not isinstance(args, SaITrainingArguments):
             # Stock arguments cannot say "sgd_sai" and have a default: nobody knows what this user has chosen.
             raise ValueError(
@@ -175,7 +176,7 @@ class SaITrainer(Trainer):
         return Trainer.get_optimizer_cls_and_kwargs(args, model)
 
 
-def sgd_sai_from_args(args: TrainingArguments) -> tuple[type[SGDSaI], dict[str, Any]]:
+def sgd_sai_from_args(args: TrainingArguments, model: nn.Module | None = None) -> tuple[type[SGDSaI], dict[str, Any]]:
     """The optimizer that training arguments describe, for ``Trainer(optimizer_cls_and_kwargs=...)``.
 
     Args:
@@ -184,9 +185,11 @@ def sgd_sai_from_args(args: TrainingArguments) -> tuple[type[SGDSaI], dict[str, 
             keys are the other hyper-parameters of :class:`SGDSaI`. ``scaling`` is ``"floor"`` by default, because
             ``learning_rate`` and ``weight_decay`` are in AdamW's units here, and ``momentum_init`` is ``"zero"`` with
             ``"floor"`` and ``"adamw"``, ``"gradient"`` with the paper's scalings: what measured best, see the README.
+        model: the model that is trained. With it the class names the parameters of the groups that a Trainer gives it,
+            and finds the token rows among them, see :func:`hf_sai.param_groups`. Without it they stay unknown.
 
     Returns:
-        :class:`SGDSaI` and its keyword arguments.
+        :class:`SGDSaI`, or with ``model`` a class whose instances are plain ``SGDSaI``, and its keyword arguments.
 
     Raises:
         ValueError: for an unknown key or a bad value in ``optim_args``, naming it and listing what is valid; for
@@ -198,7 +201,22 @@ def sgd_sai_from_args(args: TrainingArguments) -> tuple[type[SGDSaI], dict[str, 
             "optim_args: release_gradients=true needs the model: use SaITrainer or create_sgd_sai, "
             "or call optimizer.release_gradients(model)"
         )
-    return SGDSaI, kwargs
+    return _class_for(model), kwargs
+
+
+def _class_for(model: nn.Module | None) -> type[SGDSaI]:
+    """``SGDSaI``; for a model, a class that makes one whose groups have names and the model's token rows.
+
+    transformers takes nothing but a class here. Groups of our own in the kwargs (``"params"``, as for GaLore) would
+    take the place of those that a subclass of Trainer has built by its own rules; so whatever groups come are kept.
+    """
+    if model is None:
+        return SGDSaI
+
+    def make(_: type, params: Iterable[Any], *rest: Any, **kwargs: Any) -> SGDSaI:
+        return SGDSaI(split_token_rows(params, model), *rest, **kwargs)
+
+    return type("SGDSaI", (SGDSaI,), {"__new__": make, "__doc__": SGDSaI.__doc__})
 
 
 def _kwargs_from_args(args: TrainingArguments) -> tuple[dict[str, Any], bool]:
@@ -248,16 +266,8 @@ def create_sgd_sai(model: nn.Module, args: TrainingArguments, num_training_steps
         raise ValueError(f"num_training_steps must be at least 1, got {num_training_steps}")
     kwargs, _ = _kwargs_from_args(args)
     # An instance method that reads nothing of its instance.
-    decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        # `param_names` spelled out: torch wants names in all groups or in none, also in an empty one (LoRA's second).
-        {"params": [p for _, p in members], "param_names": [n for n, _ in members], "weight_decay": weight_decay}
-        for members, weight_decay in (
-            ([(n, p) for n, p in trained if n in decayed], args.weight_decay),
-            ([(n, p) for n, p in trained if n not in decayed], 0.0),
-        )
-    ]
+    decayed = Trainer.get_decay_parameter_names(None, model)  # type: ignore[arg-type]
+    groups = param_groups(model, args.weight_decay, decay_parameters=decayed)
     optimizer = SGDSaI(groups, **kwargs)
     _release_if_asked(optimizer, model, args)
     scheduler = get_scheduler(

@@ -106,9 +106,7 @@ def test_create_sgd_sai_groups_and_schedules_as_the_trainer_does() -> None:
     optimizer, scheduler = create_sgd_sai(model, args, 20)
     for ours, theirs in zip(optimizer.param_groups, trainer.optimizer.param_groups, strict=True):
         assert [id(p) for p in ours["params"]] == [id(p) for p in theirs["params"]]
-        assert {k: v for k, v in ours.items() if k not in ("params", "param_names")} == {
-            k: v for k, v in theirs.items() if k != "params"
-        }
+        assert {k: v for k, v in ours.items() if k != "params"} == {k: v for k, v in theirs.items() if k != "params"}
     assert optimizer.param_groups[0]["param_names"] == ["layers.0.weight", "layers.3.weight"]
     for _ in range(20):
         assert scheduler.get_last_lr() == trainer.lr_scheduler.get_last_lr()
