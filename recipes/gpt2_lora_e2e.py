@@ -376,7 +376,7 @@ def resume_point(args: RecipeArguments) -> str | None:
     wanted = args.resume_from_checkpoint
     if not wanted:
         return None
-    found = last_whole_checkpoint(args.output_dir, args.world_size) if wanted == "last" else wanted
+    found = last_whole_checkpoint(args.output_dir) if wanted == "last" else wanted
     if found is None or not Path(found).is_dir():
         raise UserError(f"resume_from_checkpoint: no checkpoint at {wanted!r} (output_dir {args.output_dir})")
     return found

@@ -354,7 +354,7 @@ def checkpoint_to_resume(args: PretrainArguments) -> str | None:
     folder = Path(args.output_dir)
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if args.resume_from_checkpoint == "auto":
-        return last_whole_checkpoint(folder, args.world_size)
+        return last_whole_checkpoint(folder)
     if args.resume_from_checkpoint is None and last is not None:
         raise UserError(
             f"output_dir {args.output_dir} holds {Path(last).name} of an earlier run: "

@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.training_args import OptimizerNames
 
-from hf_sai.trainer import parse_optim_args, sgd_sai_from_args
+from hf_sai.from_args import sgd_sai_from_args
+from hf_sai.optim_args import parse_optim_args
 from recipes.common import UserError, did_you_mean
 
 # The names a recipe's `optim` takes besides transformers' own.
