@@ -396,9 +396,10 @@ def pretrain(config: str | Path | Mapping[str, Any] | Sequence[str]) -> Path:
         eval_dataset=validation,
         data_collator=default_data_collator,
         processing_class=tokenizer,
-        callbacks=[GSNRCallback(args.gsnr_every)] if args.gsnr_every else [],
         **trainer_optimizer(model, args),
     )
+    if args.gsnr_every:
+        trainer.add_callback(GSNRCallback(args.gsnr_every, trainer=trainer))
     trainer.train(resume_from_checkpoint=checkpoint)
     if validation is not None and args.eval_strategy != IntervalStrategy.NO:
         last_evaluated = max((row["step"] for row in trainer.state.log_history if "eval_loss" in row), default=-1)
