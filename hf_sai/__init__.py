@@ -8,17 +8,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hf_sai.optimizer import SGDSaI
+from hf_sai.param_groups import param_groups
 
 if TYPE_CHECKING:
     from hf_sai.callbacks import GSNRCallback
+    from hf_sai.from_args import create_sgd_sai, sgd_sai_from_args
+    from hf_sai.registration import register
     from hf_sai.table import gsnr_table
-    from hf_sai.trainer import (
-        SaITrainer,
-        SaITrainingArguments,
-        create_sgd_sai,
-        register,
-        sgd_sai_from_args,
-    )
+    from hf_sai.trainer import SaITrainer
+    from hf_sai.training_args import SaITrainingArguments
 
 __version__ = "0.1.0"
 
@@ -29,6 +27,7 @@ __all__ = [
     "SaITrainingArguments",
     "create_sgd_sai",
     "gsnr_table",
+    "param_groups",
     "register",
     "sgd_sai_from_args",
 ]
@@ -36,11 +35,11 @@ __all__ = [
 _LAZY = {
     "GSNRCallback": "hf_sai.callbacks",
     "SaITrainer": "hf_sai.trainer",
-    "SaITrainingArguments": "hf_sai.trainer",
-    "create_sgd_sai": "hf_sai.trainer",
+    "SaITrainingArguments": "hf_sai.training_args",
+    "create_sgd_sai": "hf_sai.from_args",
     "gsnr_table": "hf_sai.table",
-    "register": "hf_sai.trainer",
-    "sgd_sai_from_args": "hf_sai.trainer",
+    "register": "hf_sai.registration",
+    "sgd_sai_from_args": "hf_sai.from_args",
 }
 
 

@@ -1,25 +1,27 @@
 """GSNRCallback: what SGDSaI measured, and what it would measure now, in the Trainer's own logs."""
 
-import inspect
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler, PrinterCallback, ProgressCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import logging
 
-from hf_sai.checks import ADAMW_UNITS
 from hf_sai.monitor import DRIFT, NOW, Measured, build_record, measure_gradients, recalibrated, usable, write_json
 from hf_sai.optimizer import SGDSaI
 from hf_sai.table import GSNRRow, gsnr_table, unwrap_sgd_sai
 
-__all__ = ["GSNRCallback", "gsnr_table"]
+logger = logging.get_logger("transformers.hf_sai")
+# What multiplies all gradients by one factor leaves the scales of these as they are.
+_SCALE_FREE = ("raw", "max")
 
 
 class GSNRCallback(TrainerCallback):
     """Logs the g-SNR and the scale of every block when it is calibrated and, if asked to, its g-SNR from then on.
 
-    The values go through ``report_to`` and into the Trainer's ``log_history``, not to the console, where hundreds of
-    numbers would drown the loss:
+    The values go into the Trainer's ``log_history`` and, through the Trainer, to ``report_to``; not to the console,
+    where hundreds of numbers would drown the loss. :class:`hf_sai.SaITrainer` hands itself to the callback, any other
+    Trainer is handed to it: ``trainer.add_callback(GSNRCallback(trainer=trainer))``. The values:
 
     - ``gsnr/<parameter name>`` and ``scale/<parameter name>``, once, at the first logging step after the calibration;
     - with ``every``, ``gsnr_now/<parameter name>``: the g-SNR of the gradient of that step as the optimizer is about to
@@ -37,17 +39,22 @@ class GSNRCallback(TrainerCallback):
         every: measure at optimizer steps 1, 1 + every, 1 + 2 * every and so on; never where it is ``None``. Any
             optimizer will do then, not only SGDSaI.
         file: the name of the record.
+        trainer: the Trainer whose reporters are told; not needed with ``SaITrainer``. Without it a stock Trainer keeps
+            the values in ``log_history`` only, and warns of that if it has reporters.
 
     Raises:
         ValueError: for ``every`` below 1; at the first measurement under DeepSpeed or FSDP1 or with
             ``release_gradients``, where the gradients are not to be seen.
         TypeError: without ``every``, when training begins with an optimizer other than SGDSaI.
+
+    Example:
+        >>> trainer = SaITrainer(model, args, train_dataset=data, callbacks=[GSNRCallback(every=100)])
     """
 
-    def __init__(self, every: int | None = None, file: str = "gsnr.json") -> None:
+    def __init__(self, every: int | None = None, file: str = "gsnr.json", trainer: Trainer | None = None) -> None:
         if every is not None and every < 1:
             raise ValueError(f"every must be at least 1 optimizer step, or None for no measurements, got {every}")
-        self.every, self.file = every, file
+        self.every, self.file, self.trainer = every, file, trainer
         self._logged: set[str] = set()
         self._has_scales = True
         self._measured: list[Measured] = []  # of the step that is being made
@@ -57,6 +64,12 @@ class GSNRCallback(TrainerCallback):
     ) -> None:
         if self.every is None:
             unwrap_sgd_sai(kwargs["optimizer"])
+        if self.trainer is None and args.report_to and state.is_world_process_zero:
+            logger.warning(
+                "GSNRCallback has no Trainer, so its values go into log_history and not to %s; add it with "
+                "trainer.add_callback(GSNRCallback(trainer=trainer)), or use SaITrainer",
+                ", ".join(args.report_to),
+            )
         self._has_scales = _holds_sgd_sai(kwargs["optimizer"])
         self._logged.clear()
         self._measured.clear()
@@ -74,11 +87,11 @@ class GSNRCallback(TrainerCallback):
         values = {NOW + m.name: m.statistics.gsnr for m in usable(measured)}
         if self._has_scales:
             loss_scaled = args.fp16 and not args.max_grad_norm
-            now = recalibrated([m for m in measured if not (loss_scaled and m.scaling in ADAMW_UNITS)])
+            now = recalibrated([m for m in measured if not (loss_scaled and m.scaling not in _SCALE_FREE)])
             kept = {row.name: row.scale for row in gsnr_table(kwargs["optimizer"], kwargs["model"]) if row.calibrated}
             values |= {DRIFT + name: scale / kept[name] for name, scale in now.items() if name in kept}
         if values:
-            _log(values, args, state, control, **kwargs)
+            self._log(values, args, state, control, **kwargs)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # Trainer.evaluate logs too, before training there is nothing to tell.
@@ -102,7 +115,23 @@ class GSNRCallback(TrainerCallback):
         new = [row for row in rows if row.calibrated and row.name not in self._logged]
         if new:
             self._logged.update(row.name for row in new)
-            _log(_as_logs(new), args, state, control, **kwargs)
+            self._log(_as_logs(new), args, state, control, **kwargs)
+
+    def _log(
+        self,
+        values: dict[str, float],
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Keep the values as ``Trainer.log`` would, and tell its reporters."""
+        if state.epoch is not None:
+            values["epoch"] = state.epoch
+        state.log_history.append({**values, "step": state.global_step})
+        for callback in self.trainer.callback_handler.callbacks if self.trainer else ():
+            if not isinstance(callback, GSNRCallback | PrinterCallback | ProgressCallback):
+                callback.on_log(args, state, control, **{**kwargs, "logs": dict(values)})
 
 
 def _holds_sgd_sai(optimizer: Any) -> bool:
@@ -113,30 +142,3 @@ def _holds_sgd_sai(optimizer: Any) -> bool:
 
 def _as_logs(rows: list[GSNRRow]) -> dict[str, float]:
     return {f"gsnr/{r.name}": r.gsnr for r in rows} | {f"scale/{r.name}": r.scale for r in rows}
-
-
-def _log(
-    values: dict[str, float], args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-) -> None:
-    """Do what ``Trainer.log`` does, for a callback, which has no Trainer: keep the values and tell the reporters."""
-    if state.epoch is not None:
-        values["epoch"] = state.epoch
-    state.log_history.append({**values, "step": state.global_step})
-    for callback in _calling_handler().callbacks:
-        if not isinstance(callback, GSNRCallback | PrinterCallback | ProgressCallback):
-            callback.on_log(args, state, control, **{**kwargs, "logs": dict(values)})
-
-
-def _calling_handler() -> CallbackHandler:
-    """The handler whose event is being answered.
-
-    A callback is handed neither the Trainer nor the reporters, and those stand before it in the handler's list, so
-    that what it adds to ``logs`` would come too late. The handler is always on the call stack.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, CallbackHandler):
-            return caller
-        frame = frame.f_back
-    raise RuntimeError("GSNRCallback logs only from the events of a transformers Trainer")

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not (module or os.path.isfile(target[0])):
         raise _refusal(f"hf_sai.launch: cannot open script {target[0]!r}: there is no such file\n{USAGE}")
 
-    from hf_sai.trainer import register
+    from hf_sai.registration import register
 
     register()
     sys.argv[:] = target

@@ -34,6 +34,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from hf_sai import GSNRCallback
 from hf_sai.bench.state_bytes import optimizer_state_bytes
 from hf_sai.checkpoints import last_whole_checkpoint
 from hf_sai.metrics import E2E_NLG
@@ -321,11 +322,6 @@ def run(config: E2EArguments, args: RecipeArguments) -> dict[str, Any]:
 
     args.label_names = ["labels"]  # PEFT's wrapper hides them from the Trainer
     timer = StepTimer()
-    callbacks: list[Any] = [timer]
-    if args.optim == "sgd_sai":
-        from hf_sai import GSNRCallback
-
-        callbacks.append(GSNRCallback())
     trainer = E2ETrainer(
         model=model,
         args=args,
@@ -333,9 +329,11 @@ def run(config: E2EArguments, args: RecipeArguments) -> dict[str, Any]:
         eval_dataset=validation,
         data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
         processing_class=tokenizer,
-        callbacks=callbacks,
+        callbacks=[timer],
         **trainer_optimizer(model, args),
     )
+    if args.optim == "sgd_sai":
+        trainer.add_callback(GSNRCallback(trainer=trainer))
     training = trainer.train(resume_from_checkpoint=checkpoint)
     eval_loss = trainer.evaluate()["eval_loss"]
     outputs: list[str] = []
@@ -376,7 +374,7 @@ def resume_point(args: RecipeArguments) -> str | None:
     wanted = args.resume_from_checkpoint
     if not wanted:
         return None
-    found = last_whole_checkpoint(args.output_dir, args.world_size) if wanted == "last" else wanted
+    found = last_whole_checkpoint(args.output_dir) if wanted == "last" else wanted
     if found is None or not Path(found).is_dir():
         raise UserError(f"resume_from_checkpoint: no checkpoint at {wanted!r} (output_dir {args.output_dir})")
     return found

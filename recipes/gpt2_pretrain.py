@@ -354,7 +354,7 @@ def checkpoint_to_resume(args: PretrainArguments) -> str | None:
     folder = Path(args.output_dir)
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if args.resume_from_checkpoint == "auto":
-        return last_whole_checkpoint(folder, args.world_size)
+        return last_whole_checkpoint(folder)
     if args.resume_from_checkpoint is None and last is not None:
         raise UserError(
             f"output_dir {args.output_dir} holds {Path(last).name} of an earlier run: "
@@ -396,9 +396,10 @@ def pretrain(config: str | Path | Mapping[str, Any] | Sequence[str]) -> Path:
         eval_dataset=validation,
         data_collator=default_data_collator,
         processing_class=tokenizer,
-        callbacks=[GSNRCallback(args.gsnr_every)] if args.gsnr_every else [],
         **trainer_optimizer(model, args),
     )
+    if args.gsnr_every:
+        trainer.add_callback(GSNRCallback(args.gsnr_every, trainer=trainer))
     trainer.train(resume_from_checkpoint=checkpoint)
     if validation is not None and args.eval_strategy != IntervalStrategy.NO:
         last_evaluated = max((row["step"] for row in trainer.state.log_history if "eval_loss" in row), default=-1)

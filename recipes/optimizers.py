@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.training_args import OptimizerNames
 
-from hf_sai.trainer import parse_optim_args, sgd_sai_from_args
+from hf_sai.from_args import sgd_sai_from_args
+from hf_sai.optim_args import parse_optim_args
 from recipes.common import UserError, did_you_mean
 
 # The names a recipe's `optim` takes besides transformers' own.
@@ -41,9 +42,9 @@ def check_optimizer_name(name: str) -> str | OptimizerNames:
     return OptimizerNames(name)
 
 
-def _or_user_error(function: Callable[[Any], Any], value: Any) -> Any:
+def _or_user_error(function: Callable[..., Any], *values: Any) -> Any:
     try:
-        return function(value)
+        return function(*values)
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -118,11 +119,11 @@ def _import(module: str, name: str, requirement: str) -> Any:
         raise UserError(f"optim: this optimizer needs {requirement}: pip install '{requirement}'") from error
 
 
-def _class_and_kwargs(args: Any) -> tuple[type[Optimizer], dict[str, Any]] | None:
+def _class_and_kwargs(args: Any, model: nn.Module) -> tuple[type[Optimizer], dict[str, Any]] | None:
     """Optimizers that are a class with keyword arguments; None for those that need the model."""
     adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     if args.optim == "sgd_sai":
-        return _or_user_error(sgd_sai_from_args, args)
+        return _or_user_error(sgd_sai_from_args, args, model)
     if args.optim == "sgdm":
         return torch.optim.SGD, {
             "lr": args.learning_rate,
@@ -250,7 +251,7 @@ def trainer_optimizer(model: nn.Module, args: Any) -> dict[str, Any]:
     """
     if isinstance(args.optim, OptimizerNames):
         return {}
-    by_class = _class_and_kwargs(args)
+    by_class = _class_and_kwargs(args, model)
     return {"optimizer_cls_and_kwargs": by_class} if by_class else {"optimizers": (_from_model(model, args), None)}
 
 
@@ -259,7 +260,7 @@ def build_optimizer(model: nn.Module, args: Any) -> Optimizer:
     if isinstance(args.optim, OptimizerNames):
         by_class = Trainer.get_optimizer_cls_and_kwargs(args, model)
     else:
-        by_class = _class_and_kwargs(args)
+        by_class = _class_and_kwargs(args, model)
     if by_class is None:
         return _from_model(model, args)
     cls, kwargs = by_class

@@ -62,13 +62,15 @@ def tokenizer() -> Any:
 @pytest.fixture
 def registered() -> Iterator[None]:
     """`register()` for one test: what it patches is put back, so that other tests see transformers untouched."""
-    from transformers import Trainer
+    from transformers import Trainer, TrainingArguments
     from transformers.training_args import OptimizerNames
 
     from hf_sai import register
 
     patch = pytest.MonkeyPatch()
     patch.setattr(Trainer, "get_optimizer_cls_and_kwargs", staticmethod(Trainer.get_optimizer_cls_and_kwargs))
+    for name in ("__post_init__", "set_optimizer"):
+        patch.setattr(TrainingArguments, name, getattr(TrainingArguments, name))
     for name in ("_member_names_", "_member_map_", "_value2member_map_", "_hashable_values_"):
         if hasattr(OptimizerNames, name):
             patch.setattr(OptimizerNames, name, getattr(OptimizerNames, name).copy())

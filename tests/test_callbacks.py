@@ -13,6 +13,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_sai import GSNRCallback, SaITrainer, SaITrainingArguments, SGDSaI, create_sgd_sai, gsnr_table
+from hf_sai import callbacks as callbacks_module
 
 
 def two_layers() -> nn.Module:
@@ -112,6 +113,42 @@ def test_callback_tells_every_reporter_once(
     assert kept == [{**told[0][1], "step": 2}]
     # The Trainer's own entries are left as they were.
     assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [2, 4, 6]
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("given", [True, False])
+def test_callback_in_a_stock_trainer_tells_the_reporters_of_the_trainer_it_is_given(
+    given: bool,
+    make_gpt2: Callable[..., Any],
+    token_dataset: list[Any],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not given one it keeps the values, and says that the trackers are not told."""
+    monkeypatch.setattr(callbacks_module.logger, "handlers", [caplog.handler])
+    monkeypatch.setattr(callbacks_module.logger, "propagate", False)
+    pytest.importorskip("tensorboard")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "runs"))
+    reporter, steps = Reporter(), {"max_steps": 4, "logging_steps": 2, "per_device_train_batch_size": 4}
+    settings = {**ways.QUIET, **steps, "learning_rate": 1e-2, "optim": "sgd_sai", "report_to": "tensorboard"}
+    args = TrainingArguments(str(tmp_path), **settings)  # type: ignore[arg-type]
+    trainer = Trainer(make_gpt2(), args, train_dataset=token_dataset, callbacks=[reporter])
+    trainer.add_callback(GSNRCallback(every=2, trainer=trainer if given else None))
+    trainer.train()
+    rows = {f"gsnr/{row.name}": row.gsnr for row in gsnr_table(trainer.optimizer, trainer.model)}
+    kept = [entry for entry in trainer.state.log_history if rows.keys() <= entry.keys()]
+    assert [{key: entry[key] for key in rows} for entry in kept] == [rows]
+    told = [logs for _, logs in reporter.sent if any(key.startswith("gsnr") for key in logs)]
+    assert len(told) == (1 + 2 if given else 0), "the table once, a measurement at steps 1 and 3"
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == ([] if given else [WITHOUT_A_TRAINER])
+
+
+WITHOUT_A_TRAINER = (
+    "GSNRCallback has no Trainer, so its values go into log_history and not to tensorboard; add it with "
+    "trainer.add_callback(GSNRCallback(trainer=trainer)), or use SaITrainer"
+)
 
 
 def test_callback_tells_of_blocks_calibrated_later(

@@ -1,5 +1,7 @@
 """What is saved is whole, what is not whole is not resumed from; every way of saving gives back every bit."""
 
+import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hf_sai import SaITrainer, SaITrainingArguments, SGDSaI
-from hf_sai.checkpoints import atomic_folder, is_whole, last_whole_checkpoint
+from hf_sai.checkpoints import atomic_folder, is_whole, last_whole_checkpoint, why_not_whole
 
 
 @pytest.fixture
@@ -55,11 +57,80 @@ def test_a_checkpoint_under_another_name_is_not_whole(run: Path) -> None:
     assert last_whole_checkpoint(run) == str(run / "checkpoint-4")
 
 
-def test_every_process_must_have_saved_its_random_state(run: Path) -> None:
-    assert last_whole_checkpoint(run, world_size=2) is None
+@pytest.mark.parametrize(
+    ("ranks", "missing"), [([0], 1), ([0, 1], None), ([0, 2], 1), ([4, 5], None), ([0, 1, 2, 3, 4, 6], 5)]
+)
+def test_every_process_must_have_saved_its_random_state(run: Path, ranks: list[int], missing: int | None) -> None:
+    """Of the processes that wrote it. How many there are now does not matter."""
+    newest = run / "checkpoint-4"
+    state = (newest / "rng_state.pth").read_bytes()
+    (newest / "rng_state.pth").unlink()
+    assert why_not_whole(newest) is None
+    for rank in ranks:
+        (newest / f"rng_state_{rank}.pth").write_bytes(state)
+    assert why_not_whole(newest) == (None if missing is None else f"rng_state_{missing}.pth is missing")
+
+
+def test_files_of_the_user_do_not_matter(run: Path) -> None:
+    newest = run / "checkpoint-4"
+    for name in ("ema.bin", "model_ema.safetensors", "mine.pt", "rng.pth", "optimizer_backup.pt", "notes.json"):
+        (newest / name).write_bytes(b"no zip file")
+    torch.save({"a": torch.ones(2)}, newest / "legacy.pt", _use_new_zipfile_serialization=False)
+    assert last_whole_checkpoint(run) == str(newest)
+
+
+def test_all_files_of_a_model_in_several_must_be_there(run: Path) -> None:
+    newest = run / "checkpoint-4"
+    index = newest / "model.safetensors.index.json"
+    names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    (newest / "model.safetensors").rename(newest / names[0])
+    index.write_text(json.dumps({"weight_map": {"a": names[0], "b": names[1]}}))
+    assert why_not_whole(newest) == f"{names[1]} is missing"
+    shutil.copy(newest / names[0], newest / names[1])
+    assert why_not_whole(newest) is None
+    cut(newest / names[1], 20)
+    assert why_not_whole(newest) == f"{names[1]} is cut off"
+    shutil.copy(newest / names[0], newest / names[1])
+    index.write_text('{"weight')
+    assert why_not_whole(newest) == "what model.safetensors.index.json, which is cut off, names is missing"
+
+
+def test_what_is_passed_over_is_a_warning_with_the_reason(
+    run: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def messages() -> list[str]:
+        caplog.clear()
+        assert last_whole_checkpoint(run) == str(run / "checkpoint-2")
+        assert all(record.levelno == logging.WARNING for record in caplog.records)
+        return [record.getMessage() for record in caplog.records]
+
+    newest = run / "checkpoint-4"
+    logger = logging.getLogger("transformers.hf_sai")
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    monkeypatch.setattr(logger, "propagate", False)  # which versions of transformers do differently
+    cut(newest / "optimizer.pt", 100)
+    told = [f"{newest} is not whole and is not resumed from: "]
+    assert messages() == [told[0] + "optimizer.pt is cut off"]
+    shutil.copytree(run / "checkpoint-2", run / "checkpoint-9")
+    (newest / "trainer_state.json").write_text("{")
+    assert messages() == [
+        f"{run / 'checkpoint-9'} is not whole and is not resumed from: trainer_state.json is of step 2",
+        told[0] + "trainer_state.json is cut off",
+    ]
+    shutil.rmtree(run / "checkpoint-9")
+    (newest / "trainer_state.json").unlink()
+    assert messages() == [told[0] + "trainer_state.json, which is written last, is missing"]
+    shutil.rmtree(newest)
+    assert messages() == []
+
+
+def test_a_checkpoint_written_over_another_ones_keeps_no_random_state_of_it(
+    run: Path, make_gpt2: Callable[..., Any], token_dataset: list[dict[str, Tensor]]
+) -> None:
     for rank in range(2):
         shutil.copy(run / "checkpoint-2" / "rng_state.pth", run / "checkpoint-2" / f"rng_state_{rank}.pth")
-    assert last_whole_checkpoint(run, world_size=2) == str(run / "checkpoint-2")
+    make_trainer(run, make_gpt2, token_dataset).train()
+    assert [path.name for path in (run / "checkpoint-2").glob("rng_state*")] == ["rng_state.pth"]
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:

@@ -13,7 +13,14 @@ PACKAGE = Path(__file__).parent.parent / "hf_sai"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 # The rooms that are about one library; everything else imports it, if at all, where it is used.
 ROOMS = {
-    "transformers": {"hf_sai.trainer", "hf_sai.callbacks"},
+    "transformers": {
+        "hf_sai.callbacks",
+        "hf_sai.from_args",
+        "hf_sai.registration",
+        "hf_sai.resume",
+        "hf_sai.trainer",
+        "hf_sai.training_args",
+    },
     "triton": {"hf_sai.fused", "hf_sai.triton_kernels"},
     "matplotlib": set(),
     "accelerate": set(),

@@ -32,7 +32,7 @@ def run_python(code: str, *argv: str) -> str:
 
 def test_importing_registers_nothing() -> None:
     assert "sgd_sai" not in run_python(
-        "import hf_sai, hf_sai.trainer, hf_sai.callbacks, hf_sai.launch\n"
+        "import hf_sai, hf_sai.trainer, hf_sai.registration, hf_sai.callbacks, hf_sai.launch\n"
         "from transformers import Trainer\n"
         "from transformers.training_args import OptimizerNames\n"
         "print(list(OptimizerNames), vars(OptimizerNames), Trainer.get_optimizer_cls_and_kwargs.__module__)"
@@ -116,8 +116,10 @@ def test_command_line_and_files(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("registered")
 def test_bad_optim_args_are_named_before_transformers_trips_over_them() -> None:
+    args = quiet()
+    args.optim_args = "momentum"  # set after the arguments were built
     with pytest.raises(ValueError, match="optim_args must be key=value pairs separated by commas, got 'momentum'"):
-        Trainer(nn.Linear(2, 2), quiet(optim_args="momentum")).create_optimizer()
+        Trainer(nn.Linear(2, 2), args).create_optimizer()
 
 
 @pytest.mark.usefixtures("registered")

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 STEPS, STOP = 8, 4
 # Learning rates at which every scaling moves bf16 weights by more than their rounding.
-LEARNING_RATES = {"raw": 1e-2, "max": 1.0, "adamw": 1e-2, "floor": 1e-2}
+LEARNING_RATES = {"raw": 1e-2, "max": 1.0, "adamw": 1e-2}
 
 Build = Callable[..., Any]
 

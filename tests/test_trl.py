@@ -1,5 +1,6 @@
 """TRL's trainers: by name after `register()`, and where they take an optimizer, without it."""
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def trained(trainer: Any) -> dict[str, Tensor]:
         assert rows[name].calibrated, name
         assert not torch.equal(p, before[name]), name
     group = trainer.optimizer.param_groups[0]
-    assert (group["scaling"], group["weight_decay"]) == ("floor", 0.1)
+    assert (group["scaling"], group["weight_decay"]) == (inspect.signature(SGDSaI).parameters["scaling"].default, 0.1)
     return after
 
 

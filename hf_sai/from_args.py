@@ -1,0 +1,142 @@
+"""The optimizer that training arguments describe: as class and kwargs, or made, with its scheduler."""
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import Trainer, TrainingArguments, get_scheduler
+
+from hf_sai.optim_args import parse_optim_args
+from hf_sai.optimizer import SGDSaI
+from hf_sai.param_groups import param_groups, split_token_rows
+from hf_sai.saved_state import compare_when_loading
+
+OPTIM_NAME = "sgd_sai"
+
+
+def sgd_sai_from_args(args: TrainingArguments, model: nn.Module | None = None) -> tuple[type[SGDSaI], dict[str, Any]]:
+    """The optimizer that training arguments describe, for ``Trainer(optimizer_cls_and_kwargs=...)``.
+
+    Args:
+        args: ``learning_rate``, ``weight_decay`` and ``optim_args`` are read, nothing else: the Adam betas do not
+            apply. ``optim_args`` is a string such as ``"momentum=0.9,momentum_dtype=bfloat16"`` or a mapping; its keys
+            are the other hyper-parameters of :class:`SGDSaI`, whose defaults hold.
+        model: the model that is trained. With it the class names the parameters of the groups that a Trainer gives it,
+            and finds the token rows among them, see :func:`hf_sai.param_groups`. Without it they stay unknown.
+
+    Returns:
+        :class:`SGDSaI`, or with ``model`` a class whose instances are plain ``SGDSaI``, and its keyword arguments.
+
+    Raises:
+        ValueError: for an unknown key or a bad value in ``optim_args``, naming it and listing what is valid; for
+            ``release_gradients=true``, which needs the optimizer's model: :func:`create_sgd_sai` and ``SaITrainer``
+            have it.
+
+    Example:
+        >>> trainer = Trainer(model, args, optimizer_cls_and_kwargs=sgd_sai_from_args(args, model))
+    """
+    kwargs = kwargs_from_args(args)
+    if parse_optim_args(args.optim_args).get("release_gradients"):
+        raise ValueError(
+            "optim_args: release_gradients=true needs the model: use SaITrainer or create_sgd_sai, "
+            "or call optimizer.release_gradients(model)"
+        )
+    return class_for(model), kwargs
+
+
+def create_sgd_sai(model: nn.Module, args: TrainingArguments, num_training_steps: int) -> tuple[SGDSaI, LRScheduler]:
+    """The optimizer and the scheduler that a Trainer would make, for ``Trainer(optimizers=...)`` and bare loops.
+
+    In a loop with an ``Accelerator``, make the arguments before it: they reset accelerate's state. Without arguments
+    there is :func:`hf_sai.param_groups`.
+
+    Args:
+        model: its parameters with ``requires_grad`` are trained; biases and normalisation weights are not decayed.
+        args: read as by :func:`sgd_sai_from_args`, and for the scheduler ``lr_scheduler_type``, its kwargs, warm-up.
+        num_training_steps: how often the scheduler will be stepped in all, at least 1.
+
+    Returns:
+        The optimizer and the scheduler.
+
+    Raises:
+        ValueError: as :func:`sgd_sai_from_args`, and for arguments that ``release_gradients=true`` excludes.
+
+    Example:
+        >>> trainer = Trainer(model, args, optimizers=create_sgd_sai(model, args, num_training_steps=1000))
+    """
+    if num_training_steps < 1:
+        raise ValueError(f"num_training_steps must be at least 1, got {num_training_steps}")
+    # An instance method that reads nothing of its instance.
+    decayed = Trainer.get_decay_parameter_names(None, model)  # type: ignore[arg-type]
+    groups = param_groups(model, args.weight_decay, decay_parameters=decayed)
+    optimizer = class_for(model)(groups, **kwargs_from_args(args))
+    release_if_asked(optimizer, model, args)
+    scheduler = get_scheduler(
+        args.lr_scheduler_type,
+        optimizer=optimizer,
+        num_warmup_steps=args.get_warmup_steps(num_training_steps),
+        num_training_steps=num_training_steps,
+        scheduler_specific_kwargs=args.lr_scheduler_kwargs,  # type: ignore[arg-type]
+    )
+    return optimizer, scheduler
+
+
+def kwargs_from_args(args: TrainingArguments) -> dict[str, Any]:
+    """The keyword arguments of :class:`SGDSaI`; ``release_gradients`` is none of them."""
+    parsed = parse_optim_args(args.optim_args)
+    parsed.pop("release_gradients", None)
+    _warn_if_nothing_will_train(args, parsed.get("scaling"))
+    return {"lr": args.learning_rate, "weight_decay": args.weight_decay, **parsed}
+
+
+def class_for(model: nn.Module | None) -> type[SGDSaI]:
+    """``SGDSaI``; for a model, a class that makes one whose groups have names and the model's token rows.
+
+    transformers takes nothing but a class here. Groups of our own in the kwargs (``"params"``, as for GaLore) would
+    take the place of those that a subclass of Trainer has built by its own rules; so whatever groups come are kept.
+    """
+    if model is None:
+        return SGDSaI
+
+    def make(_: type, params: Iterable[Any], *rest: Any, **kwargs: Any) -> SGDSaI:
+        optimizer = SGDSaI(split_token_rows(params, model), *rest, **kwargs)
+        compare_when_loading(optimizer)
+        return optimizer
+
+    return type("SGDSaI", (SGDSaI,), {"__new__": make, "__doc__": SGDSaI.__doc__})
+
+
+def release_if_asked(optimizer: SGDSaI, model: nn.Module, args: TrainingArguments) -> None:
+    """Release gradients where ``optim_args`` asks for it; ValueError where the other arguments exclude it."""
+    if not parse_optim_args(args.optim_args).get("release_gradients") or optimizer.releases_gradients:
+        return
+    reasons = {
+        f"gradient_accumulation_steps={args.gradient_accumulation_steps}: parameters would move between micro-batches; "
+        "set it to 1": args.gradient_accumulation_steps > 1,
+        f"max_grad_norm={args.max_grad_norm}: the norm is known only after the last gradient; set it to 0": (
+            (args.max_grad_norm or 0) > 0
+        ),
+        "fp16=True: an overflow is known only after the last gradient; use bf16": args.fp16,
+        f"{args.world_size} processes, whose gradients are reduced later; train on one": args.world_size > 1,
+        f"{args.n_gpu} GPUs in one process; set CUDA_VISIBLE_DEVICES to one": args.n_gpu > 1,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise ValueError(f"optim_args: release_gradients=true updates inside backward and excludes {reason}")
+    optimizer.release_gradients(model, track_norm=True)
+
+
+def _warn_if_nothing_will_train(args: TrainingArguments, scaling: str | None) -> None:
+    """Warn of a learning rate left at its default, which is in AdamW's units, where the units are the paper's."""
+    remedies = {"raw": "1e-2 for full fine-tuning, 1e-3 to 3e-2 for LoRA", "max": "1.0"}
+    defaults = {5e-5, type(args).__dataclass_fields__["learning_rate"].default}
+    if scaling not in remedies or args.learning_rate not in defaults:
+        return
+    warnings.warn(
+        f"learning_rate is still at its default of {args.learning_rate:g}, which is in AdamW's units; "
+        f"scaling={scaling} has the paper's, in which nothing will train at that rate. "
+        f"Set learning_rate (start from {remedies[scaling]}), or leave scaling out of optim_args for AdamW's units.",
+        stacklevel=4,
+    )

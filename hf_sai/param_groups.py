@@ -1,0 +1,168 @@
+"""Param groups of a model: what is decayed, what is not, and which matrices have a row for each token.
+
+Torch only: bare loops need nothing else, and the transformers side uses the same functions.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+# Names of undecayed parameters, as transformers' Trainer has them.
+_UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(^|\.)norm($|\.)|_norm($|\.)", re.IGNORECASE)
+# Output layers of models without `get_output_embeddings`, by the last part of the module's name.
+_HEADS = ("lm_head", "embed_out")
+# PEFT's trainable tokens are no module: a ParameterDict of this name holds them, one row a token.
+_TRAINABLE_TOKENS = "trainable_tokens_delta"
+
+
+def param_groups(
+    model: nn.Module,
+    weight_decay: float = 1e-2,
+    *,
+    decay_parameters: Collection[str] | None = None,
+    token_modules: Collection[str] = (),
+) -> list[dict[str, Any]]:
+    """Param groups for :class:`hf_sai.SGDSaI` in a bare loop, as the Trainer paths make them.
+
+    A group has the keys ``params``, ``param_names``, ``weight_decay`` and ``token_rows``. Token rows are found in
+    ``nn.Embedding`` and ``nn.EmbeddingBag``, in what ``get_output_embeddings()`` returns, in modules named ``lm_head``
+    or ``embed_out``, in PEFT's copies of these (``modules_to_save``) and in its trainable tokens. A tied weight is one
+    parameter and stands in one group. There are no empty groups.
+
+    Args:
+        model: its parameters with ``requires_grad`` are grouped, each once. Wrap it with PEFT before.
+        weight_decay: of matrices and larger tensors, in the optimizer's units. Biases, the weights of norms and other
+            parameters with fewer than two dimensions are not decayed.
+        decay_parameters: names of the parameters to decay, instead of that rule. Names that the model lacks do not
+            matter: the Trainer's own list holds every name of a tied weight.
+        token_modules: names of further modules whose ``weight``, ``(tokens, features)``, has a row for each token,
+            such as the untied output layer of a model of your own.
+
+    Returns:
+        One to four groups: decayed, decayed token rows, undecayed, undecayed token rows.
+
+    Raises:
+        ValueError: if no parameter is trained, or a name in ``token_modules`` is no module with such a weight.
+
+    Example:
+        >>> optimizer = SGDSaI(param_groups(model, weight_decay=0.1), lr=2e-4)
+    """
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError("model has no parameter with requires_grad; unfreeze what is to be trained first")
+    decayed = _decayed_names(model) if decay_parameters is None else set(decay_parameters)
+    groups = [
+        {"params": [p for name, p in trained if name in decayed], "weight_decay": weight_decay},
+        {"params": [p for name, p in trained if name not in decayed], "weight_decay": 0.0},
+    ]
+    return split_token_rows(groups, model, token_modules)
+
+
+def split_token_rows(
+    params: Iterable[Any], model: nn.Module, token_modules: Collection[str] = ()
+) -> list[dict[str, Any]]:
+    """The same groups with their parameters named, and with token rows in groups of their own.
+
+    Args:
+        params: what a torch optimizer takes: param groups, parameters or named parameters. A group that has the key
+            ``token_rows`` is only named.
+        model: the model that the parameters are of. A parameter that it lacks is named by its place.
+        token_modules: as for :func:`param_groups`.
+
+    Returns:
+        New groups; those without parameters are left out.
+
+    Raises:
+        ValueError: as :func:`param_groups` for ``token_modules``.
+    """
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    tokens = set(_token_rows(model, token_modules))
+    groups = list(params)
+    if not all(isinstance(group, Mapping) for group in groups):
+        groups = [{"params": groups}]
+    divided = []
+    for number, group in enumerate(groups):
+        members = _named(group, names, number)
+        parts = (
+            [(group["token_rows"], members)]
+            if "token_rows" in group
+            else [
+                (is_tokens, [(name, p) for name, p in members if (p in tokens) == is_tokens])
+                for is_tokens in (False, True)
+            ]
+        )
+        divided += [
+            {
+                **group,
+                "params": [p for _, p in part],
+                "param_names": [name for name, _ in part],
+                "token_rows": is_tokens,
+            }
+            for is_tokens, part in parts
+            if part
+        ]
+    return divided
+
+
+def _named(group: Mapping[str, Any], names: Mapping[Tensor, str], number: int) -> list[tuple[str, Tensor]]:
+    """The parameters of a group under the names that it gives, else under those of the model."""
+    params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+    given = group.get("param_names", [None] * len(params))
+    members = []
+    for index, (name, p) in enumerate(zip(given, params, strict=True)):
+        if isinstance(p, tuple):
+            name, p = p
+        members.append((name or names.get(p) or f"param_groups[{number}].params[{index}]", p))
+    return members
+
+
+def _decayed_names(model: nn.Module) -> set[str]:
+    norms = {
+        id(p)
+        for module in model.modules()
+        if "norm" in type(module).__name__.lower()
+        for p in module.parameters(recurse=False)
+    }
+    return {
+        name
+        for name, p in model.named_parameters()
+        if p.ndim > 1 and id(p) not in norms and not _UNDECAYED.search(name)
+    }
+
+
+def _token_rows(model: nn.Module, token_modules: Collection[str]) -> Iterator[Tensor]:
+    for module in _modules_of_tokens(model, token_modules):
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.ndim == 2:
+            # All that has a row for each of them: under PEFT also the trained copy, and LoRA's B of a head.
+            yield from (p for p in module.parameters() if p.ndim == 2 and len(p) == len(weight))
+    yield from (p for name, p in model.named_parameters() if f".{_TRAINABLE_TOKENS}." in f".{name}")
+
+
+def _modules_of_tokens(model: nn.Module, token_modules: Collection[str]) -> Iterator[nn.Module]:
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) or name.rpartition(".")[2] in _HEADS:
+            yield module
+        head = _output_embeddings(module)
+        if head is not None:
+            yield head
+    for name in token_modules:
+        weight = getattr(modules.get(name), "weight", None)
+        if not isinstance(weight, Tensor) or weight.ndim != 2:
+            raise ValueError(
+                f"token_modules must name modules with a weight of shape (tokens, features), got {name!r}, "
+                + ("which has none" if name in modules else "which the model lacks")
+            )
+        yield modules[name]
+
+
+def _output_embeddings(module: nn.Module) -> nn.Module | None:
+    find = getattr(module, "get_output_embeddings", None)
+    try:
+        head = find() if callable(find) else None
+    except (AttributeError, NotImplementedError):  # what models without such a head raise
+        return None
+    return head if isinstance(head, nn.Module) else None

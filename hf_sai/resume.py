@@ -1,0 +1,80 @@
+"""A Trainer that resumes what was saved: from a whole checkpoint, every weight of it, on any number of processes."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+
+from hf_sai.checkpoints import TRAINER_STATE, last_whole_checkpoint, remove_random_states
+
+
+class ResumingTrainer(Trainer):
+    """What :class:`hf_sai.SaITrainer` has of saving and resuming; any optimizer will do."""
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *rest: Any, **kwargs: Any) -> Any:
+        """As ``Trainer.train``; ``True`` resumes from the last checkpoint that was written to its end.
+
+        Args:
+            resume_from_checkpoint: a folder, or whether to resume. A newer checkpoint that is passed over is logged as
+                a warning. The number of processes may differ from that of the run that saved it.
+            rest: see ``Trainer.train``.
+            kwargs: see ``Trainer.train``.
+
+        Raises:
+            ValueError: if there is no whole checkpoint, or the folder has no state of the optimizer or the scheduler.
+        """
+        if resume_from_checkpoint is True:
+            folder = str(self.args.output_dir)
+            resume_from_checkpoint = last_whole_checkpoint(folder)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"resume_from_checkpoint=True found no whole checkpoint in {folder!r}")
+        if resume_from_checkpoint and not self.is_deepspeed_enabled:
+            # transformers would start the optimizer anew without a word.
+            for what in ("optimizer", "scheduler"):
+                if not any(Path(resume_from_checkpoint).glob(f"*{what}*")):
+                    raise ValueError(
+                        f"resume_from_checkpoint {str(resume_from_checkpoint)!r} holds no {what} state; to train on "
+                        "from its weights alone load them with from_pretrained and leave resume_from_checkpoint out"
+                    )
+        return super().train(resume_from_checkpoint, *rest, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """As ``Trainer``'s, with every weight accounted for.
+
+        transformers 5 saves some models (ViT) under their old names and looks for the new ones on resuming; it then
+        only logs that weights are missing, and trains on from fresh ones. ``from_pretrained`` knows both names.
+
+        Raises:
+            ValueError: weights are missing and the model has no ``from_pretrained``.
+        """
+        self._missing_weights: list[str] = []
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        model = self.model if model is None else model
+        if not self._missing_weights:
+            return
+        if self.is_fsdp_enabled or not isinstance(model, PreTrainedModel):
+            raise ValueError(
+                f"checkpoint {str(resume_from_checkpoint)!r} lacks weights of this model: "
+                f"{', '.join(self._missing_weights[:3])}; resume with the model that was saved"
+            )
+        model.load_state_dict(type(model).from_pretrained(resume_from_checkpoint).state_dict())
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        if hasattr(self.model, "_keys_to_ignore_on_save"):  # else the Trainer's own stops with an AttributeError
+            super()._issue_warnings_after_load(load_result)
+        left_out = getattr(self.model, "_keys_to_ignore_on_save", None) or ()
+        self._missing_weights = [key for key in load_result.missing_keys if key not in left_out]
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        if self.args.should_save:
+            # A checkpoint written over an older one must not pass for whole while it is a mixture of both.
+            (folder / TRAINER_STATE).unlink(missing_ok=True)
+            remove_random_states(folder, world_size=self.args.world_size)
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # trainer_state.json comes next. It says that the checkpoint is whole, so all processes must have written.
+        self.accelerator.wait_for_everyone()
