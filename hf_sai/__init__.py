@@ -1,4 +1,4 @@
-"""SGD-SaI for the Hugging Face stack: SGD with momentum, scaled once per block by the g-SNR of its first gradient.
+"""SGD-SaI for the Hugging Face stack: SGD with momentum, scaled per channel from its first gradients.
 
 Importing this package loads torch and nothing heavier; whatever needs transformers, triton or matplotlib
 is imported when its name is first used.
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hf_sai.callbacks import GSNRCallback
     from hf_sai.from_args import create_sgd_sai, sgd_sai_from_args
     from hf_sai.registration import register
+    from hf_sai.release import release_gradients
     from hf_sai.table import gsnr_table
     from hf_sai.trainer import SaITrainer
     from hf_sai.training_args import SaITrainingArguments
@@ -29,6 +30,7 @@ __all__ = [
     "gsnr_table",
     "param_groups",
     "register",
+    "release_gradients",
     "sgd_sai_from_args",
 ]
 
@@ -39,6 +41,7 @@ _LAZY = {
     "create_sgd_sai": "hf_sai.from_args",
     "gsnr_table": "hf_sai.table",
     "register": "hf_sai.registration",
+    "release_gradients": "hf_sai.release",
     "sgd_sai_from_args": "hf_sai.from_args",
 }
 

@@ -12,6 +12,7 @@ from hf_sai.options import check_group, momentum_dtype
 from hf_sai.shards import to_local
 from hf_sai.state import STATE
 
+
 def check_parameters(group: Mapping[str, Any]) -> None:
     """Raise ValueError for a parameter that SGDSaI cannot train."""
     for i, p in enumerate(group["params"]):
@@ -108,9 +109,7 @@ def _check_names(group: Mapping[str, Any], saved_group: Mapping[str, Any]) -> No
         )
 
 
-def _check_entry(
-    entry: Any, p: Tensor, name: str, group: Mapping[str, Any], scale_counts: list[int] | None
-) -> None:
+def _check_entry(entry: Any, p: Tensor, name: str, group: Mapping[str, Any], scale_counts: list[int] | None) -> None:
     """Entries of others, as of an optimizer that wraps this one, are theirs to check."""
     if not isinstance(entry, Mapping):
         raise ValueError(f"the state of {name} must be a dict, the state dict has {entry!r:.80}")

@@ -11,6 +11,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from hf_sai.optim_args import parse_optim_args
 from hf_sai.optimizer import SGDSaI
 from hf_sai.param_groups import param_groups, split_token_rows
+from hf_sai.release import release_gradients
 from hf_sai.saved_state import compare_when_loading
 
 OPTIM_NAME = "sgd_sai"
@@ -41,7 +42,7 @@ def sgd_sai_from_args(args: TrainingArguments, model: nn.Module | None = None) -
     if parse_optim_args(args.optim_args).get("release_gradients"):
         raise ValueError(
             "optim_args: release_gradients=true needs the model: use SaITrainer or create_sgd_sai, "
-            "or call optimizer.release_gradients(model)"
+            "or call hf_sai.release_gradients(optimizer, model)"
         )
     return class_for(model), kwargs
 
@@ -125,7 +126,7 @@ def release_if_asked(optimizer: SGDSaI, model: nn.Module, args: TrainingArgument
     for reason, applies in reasons.items():
         if applies:
             raise ValueError(f"optim_args: release_gradients=true updates inside backward and excludes {reason}")
-    optimizer.release_gradients(model, track_norm=True)
+    release_gradients(optimizer, model, track_norm=True)
 
 
 def _warn_if_nothing_will_train(args: TrainingArguments, scaling: str | None) -> None:

@@ -10,8 +10,8 @@ from typing import Any, get_args
 
 import torch
 
-from hf_sai.checks import check_group
 from hf_sai.optimizer import SGDSaI
+from hf_sai.options import check_group
 
 # Param groups take these from the training arguments: a second value here would be lost without a word.
 _ELSEWHERE = {"lr": "learning_rate", "learning_rate": "learning_rate", "weight_decay": "weight_decay"}
@@ -134,7 +134,7 @@ def _cast(key: str, value: str) -> Any:
 
 def _check(parsed: Mapping[str, Any]) -> None:
     try:
-        check_group({**_DEFAULTS, **parsed})
+        check_group({**_DEFAULTS, "token_rows": False, **parsed})
     except ValueError as error:
         rule, _, got = str(error).rpartition("got ")
         remedy = _did_you_mean(got.strip("'"), re.findall(r"\w+", rule)) if got.startswith("'") else ""

@@ -256,6 +256,11 @@ class SGDSaI(Optimizer):
         """Whether gradients are released; see :mod:`hf_sai.release`."""
         return self._release is not None
 
+    @property
+    def released_norm(self) -> Tensor | None:
+        """The global norm of the gradients that the last backward has released, None where it is not tracked."""
+        return None if self._release is None else self._release.norm()
+
     def block_states(self) -> list[tuple[str, Tensor, State]]:
         """Every block as (index in the param groups, parameter of the model, state); states may be empty."""
         return block_states(self.param_groups, self.state, self._partitions)

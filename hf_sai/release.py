@@ -121,6 +121,28 @@ class GradientRelease:
         return release
 
 
+def release_gradients(optimizer: SGDSaI, model: nn.Module, *, track_norm: bool = False) -> GradientRelease:
+    """Update each parameter inside ``backward`` and free its gradient at once; ``step`` then only ends the step.
+
+    Args:
+        optimizer: what trains the model.
+        model: it must hold every parameter of the optimizer.
+        track_norm: keep the global norm of the gradients of each backward in ``optimizer.released_norm``.
+
+    Returns:
+        A handle whose ``remove()`` ends it.
+
+    Raises:
+        ValueError: see :class:`GradientRelease`.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = SGDSaI(model.parameters(), lr=1e-3)
+        >>> release = release_gradients(optimizer, model)
+    """
+    return GradientRelease(optimizer, model, track_norm=track_norm)
+
+
 def _check_model(optimizer: SGDSaI, model: nn.Module) -> None:
     """Raise ValueError for what cannot be right; see the head of this file."""
     held = set(model.parameters())

@@ -23,7 +23,9 @@ class Segment:
         device: where these processes communicate; the buffer can be in host memory.
     """
 
-    def __init__(self, name: str, part: Tensor, start: int, shape: torch.Size, group: Any, device: torch.device) -> None:
+    def __init__(
+        self, name: str, part: Tensor, start: int, shape: torch.Size, group: Any, device: torch.device
+    ) -> None:
         self.name, self.part, self.start, self.shape = name, part, start, shape
         self.group, self.device = group, device
 

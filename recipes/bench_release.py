@@ -21,6 +21,7 @@ import torch
 
 from hf_sai import SGDSaI
 from hf_sai.bench.state_bytes import optimizer_state_bytes
+from hf_sai.release import release_gradients
 from recipes.common import machine, versions, write_json
 
 LLAMA_2_7B = {
@@ -37,7 +38,7 @@ TINY["num_attention_heads"] = 4
 
 def _sgd_sai(model: torch.nn.Module) -> Any:
     optimizer = SGDSaI(model.parameters(), lr=1e-5, scaling="adamw", momentum_dtype="int8", stochastic_rounding=True)
-    optimizer.release_gradients(model)
+    release_gradients(optimizer, model)
     return optimizer
 
 

@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_sai.checkpoints import is_whole
-from hf_sai.checks import SCALINGS, check_group
 from hf_sai.metrics.e2e_nlg.files import read_predictions, read_references
 from hf_sai.optim_args import parse_optim_args
+from hf_sai.options import SCALINGS, check_group
 from recipes.common import UserError, markdown_text, parse_config
 from recipes.data import Row, attributes, read_csv
 from recipes.pretrain_text import Corpus

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_sai import SGDSaI
-from hf_sai.checks import SCALINGS
+from hf_sai.options import SCALINGS
+from hf_sai.release import release_gradients
 from hf_sai.table import gsnr_table
 
 
@@ -39,7 +40,7 @@ def make(**options: Any) -> tuple[nn.Module, SGDSaI]:
 def test_equals_the_ordinary_step_whose_first_lr_is_zero(scaling: str, options: dict[str, Any]) -> None:
     (released, one), (plain, other) = (make(scaling=scaling, **options) for _ in range(2))
     start = copy.deepcopy(released)
-    one.release_gradients(released)
+    release_gradients(one, released)
     schedules = [torch.optim.lr_scheduler.StepLR(o, 3, gamma=0.5) for o in (one, other)]
     for step in range(8):
         loss = loss_of(released, step)
@@ -71,7 +72,7 @@ def test_each_gradient_is_freed_before_the_next_is_made() -> None:
         p.register_post_accumulate_grad_hook(
             lambda _: alive.append(sum(q.grad is not None for q in model.parameters()))
         )
-    optimizer.release_gradients(model)
+    release_gradients(optimizer, model)
     for step in range(3):
         loss_of(model, step).backward()
         optimizer.step()
@@ -80,14 +81,14 @@ def test_each_gradient_is_freed_before_the_next_is_made() -> None:
 
 def test_a_checkpoint_goes_on_without_calibrating_again() -> None:
     model, optimizer = make(scaling="adamw")
-    optimizer.release_gradients(model)
+    release_gradients(optimizer, model)
     for step in range(3):
         loss_of(model, step).backward()
         optimizer.step()
     twin, resumed = make(scaling="adamw")
     twin.load_state_dict(model.state_dict())
     resumed.load_state_dict(optimizer.state_dict())
-    resumed.release_gradients(twin)
+    release_gradients(resumed, twin)
     for step in range(3, 6):
         for m, o in ((model, optimizer), (twin, resumed)):
             loss_of(m, step).backward()
@@ -97,7 +98,7 @@ def test_a_checkpoint_goes_on_without_calibrating_again() -> None:
 
 def test_loading_into_a_released_optimizer_keeps_it_released() -> None:
     model, optimizer = make()
-    optimizer.release_gradients(model)
+    release_gradients(optimizer, model)
     loss_of(model, 0).backward()
     optimizer.step()
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -112,7 +113,7 @@ def test_a_block_whose_first_gradient_is_zero_waits() -> None:
     a, b = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.zeros(3, 4))
     model = nn.ParameterList([a, b])
     optimizer = SGDSaI(model.parameters(), lr=0.01, weight_decay=0.0)
-    optimizer.release_gradients(model)
+    release_gradients(optimizer, model)
     seen = []
     for _ in range(4):
         before = [p.detach().clone() for p in model]
@@ -132,7 +133,7 @@ def test_a_block_whose_first_gradient_is_zero_waits() -> None:
 
 def test_norm_is_that_of_the_gradients() -> None:
     (released, one), (plain, other) = make(), make()
-    one.release_gradients(released, track_norm=True)
+    release_gradients(one, released, track_norm=True)
     assert one.released_norm is None
     for step in range(3):
         released.load_state_dict(plain.state_dict())
@@ -148,11 +149,11 @@ def test_norm_is_that_of_the_gradients() -> None:
 
 def test_remove_ends_it() -> None:
     model, optimizer = make()
-    handle = optimizer.release_gradients(model)
+    handle = release_gradients(optimizer, model)
     loss_of(model, 0).backward()
     optimizer.step()
     with pytest.raises(ValueError, match="active already"):
-        optimizer.release_gradients(model)
+        release_gradients(optimizer, model)
     handle.remove()
     before = model[1].weight.detach().clone()
     loss_of(model, 1).backward()
@@ -160,7 +161,7 @@ def test_remove_ends_it() -> None:
     assert torch.equal(model[1].weight, before)
     optimizer.step()
     assert not torch.equal(model[1].weight, before)
-    optimizer.release_gradients(model)
+    release_gradients(optimizer, model)
 
 
 # ------------------------------------------------------------------------------------- what it refuses
@@ -168,7 +169,7 @@ def test_remove_ends_it() -> None:
 
 def test_accumulation_is_refused_before_any_harm() -> None:
     model, optimizer = make()
-    optimizer.release_gradients(model)
+    release_gradients(optimizer, model)
     loss_of(model, 0).backward()
     optimizer.step()
     loss_of(model, 1).backward()
@@ -181,7 +182,7 @@ def test_accumulation_is_refused_before_any_harm() -> None:
 def test_gradscaler_is_refused_before_any_harm() -> None:
     model, optimizer = make()
     before = copy.deepcopy(model)
-    optimizer.release_gradients(model)
+    release_gradients(optimizer, model)
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(loss_of(model, 0)).backward()
     # GradScaler itself finds no gradient to look at, unless our own error comes first.
@@ -196,7 +197,7 @@ def test_gradscaler_is_refused_before_any_harm() -> None:
 def test_a_gradient_that_the_hooks_did_not_see_is_refused() -> None:
     model, optimizer = make()
     model[3].bias.requires_grad_(False)
-    optimizer.release_gradients(model)
+    release_gradients(optimizer, model)
     model[3].bias.requires_grad_(True)
     loss_of(model, 0).backward()
     with pytest.raises(RuntimeError, match=r"3\.bias has a gradient that release_gradients did not see"):
@@ -206,7 +207,7 @@ def test_a_gradient_that_the_hooks_did_not_see_is_refused() -> None:
 def test_another_models_parameters_are_refused() -> None:
     _, optimizer = make()
     with pytest.raises(ValueError, match=r"the model does not hold 0\.weight"):
-        optimizer.release_gradients(make_model())
+        release_gradients(optimizer, make_model())
 
 
 @pytest.fixture
@@ -229,7 +230,7 @@ def test_models_whose_gradients_are_reduced_are_refused(wrapped: str) -> None:
         fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
     optimizer = SGDSaI(model.parameters())
     with pytest.raises(ValueError, match=r"cannot be used with .*(Distributed|FSDP).*before gradients are reduced"):
-        optimizer.release_gradients(model)
+        release_gradients(optimizer, model)
 
 
 @pytest.mark.usefixtures("group")
@@ -237,7 +238,7 @@ def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     model, optimizer = make()
     with pytest.raises(ValueError, match="cannot be used with 2 processes"):
-        optimizer.release_gradients(model)
+        release_gradients(optimizer, model)
 
 
 def test_small_gpt2_learns(make_gpt2: Callable[..., Any], token_dataset: Any) -> None:
@@ -249,7 +250,7 @@ def test_small_gpt2_learns(make_gpt2: Callable[..., Any], token_dataset: Any) ->
     optimizer = SGDSaI(
         model.parameters(), lr=5e-3, scaling="adamw", momentum_dtype="int8", stochastic_rounding=True, weight_decay=0.0
     )
-    optimizer.release_gradients(model)
+    release_gradients(optimizer, model)
     batch = torch.stack([row["input_ids"] for row in token_dataset[:8]])
     losses = []
     for _ in range(40):

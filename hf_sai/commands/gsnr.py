@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_sai.checks import SCALINGS
 from hf_sai.initialisation import SCHEMES
+from hf_sai.options import SCALINGS
 
 NAME = "gsnr"
 HELP = "g-SNR of a model's blocks on one batch of text"
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--init", nargs="+", choices=SCHEMES, default=["default"], help="of the linear layers, with --config"
     )
     parser.add_argument("--lora-r", type=int, metavar="R", help="LoRA of that rank on the model, its blocks only")
-    parser.add_argument("--scaling", choices=SCALINGS, default="floor", help="default: floor, as the Trainer's")
+    parser.add_argument("--scaling", choices=SCALINGS, default=SCALINGS[0], help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of fresh weights (default: 0)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...; default: cuda where there is one")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the results there")

@@ -16,6 +16,7 @@ from torch import nn
 
 from hf_sai import SGDSaI
 from hf_sai.kernels import update_single_tensor
+from hf_sai.release import release_gradients
 
 pytestmark = [
     pytest.mark.cuda,
@@ -235,7 +236,7 @@ def test_calibration_takes_little_memory() -> None:
 def test_release_frees_gradients() -> None:
     layers = nn.Sequential(*(nn.Linear(2048, 2048, bias=False) for _ in range(8))).to("cuda", torch.bfloat16)
     optimizer = SGDSaI(layers.parameters(), momentum_dtype="int8")
-    optimizer.release_gradients(layers)
+    release_gradients(optimizer, layers)
     x = torch.randn(4, 2048, device="cuda", dtype=torch.bfloat16)
     peak = 0
     for _ in range(3):
