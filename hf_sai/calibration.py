@@ -14,7 +14,7 @@ import logging
 import math
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -74,12 +74,12 @@ class Calibration:
         self._steps = 0
         self._warned: set[str] = set()
 
-    def run(self, work: Sequence[Work], largest_gsnr: float) -> None:
+    def run(self, work: Sequence[Work], largest_gsnr: Callable[[], float]) -> None:
         """Measure the gradients that are due, and set the scales of their blocks.
 
         Args:
             work: in the same order on every process.
-            largest_gsnr: of the blocks with ``scaling="max"`` that are calibrated.
+            largest_gsnr: of the blocks with ``scaling="max"`` that are calibrated; asked for when another one is.
 
         Raises:
             RuntimeError: for a block without a scale under CUDA graph capture.
@@ -103,10 +103,11 @@ class Calibration:
         """Count a step, for the log."""
         self._steps += 1
 
-    def _first(self, pairs: Sequence[tuple[Work, int]], largest_gsnr: float) -> None:
+    def _first(self, pairs: Sequence[tuple[Work, int]], largest_gsnr: Callable[[], float]) -> None:
         """Measure the g-SNR of blocks that have none."""
         members = [w.batch.members[i] for w, i in pairs]
         statistics = _statistics(pairs)
+        largest = largest_gsnr() if any(w.group["scaling"] == "max" for w, _ in pairs) else 0.0
         usable: list[tuple[Work, Member, float]] = []
         for (w, i), m, s in zip(pairs, members, statistics, strict=True):
             w.kinds[i] = "usable" if s.kind == "constant" else s.kind
@@ -115,7 +116,7 @@ class Calibration:
                 usable.append((w, m, s.gsnr))
         for scaling in ("raw", "max"):
             chosen = [(m, gsnr) for w, m, gsnr in usable if w.group["scaling"] == scaling]
-            values = paper_scales([gsnr for _, gsnr in chosen], scaling, largest_gsnr)
+            values = paper_scales([gsnr for _, gsnr in chosen], scaling, largest)
             for (m, _), scale in zip(chosen, values, strict=True):
                 m.state["scale"].fill_(scale)
                 m.count, m.starts = 1, True

@@ -213,7 +213,7 @@ class SGDSaI(Optimizer):
 
     def _run(self, work: Sequence[Work]) -> None:
         """Calibrate and update blocks."""
-        self._calibration.run(work, self._largest_gsnr())
+        self._calibration.run(work, self._largest_gsnr)
         by_hyper: dict[tuple[int, Hyper], list[tuple[dict[str, Any], Blocks]]] = {}
         for w in (part for w in work for part in in_phase(w)):
             grads = [g for g in w.grads if g is not None]
