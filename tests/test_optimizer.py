@@ -566,10 +566,9 @@ def _in_state(**entries: Tensor) -> Any:
 
 
 _STATE_DAMAGES = [
+    pytest.param(lambda s: s["param_groups"][0].pop("scaling"), r"no 'scaling': it is not one of SGDSaI's", id="AdamW"),
     pytest.param(lambda s: s["state"][0].pop("scale"), r"has no 'scale': this is not a state dict of this", id="scale"),
-    pytest.param(
-        lambda s: s["state"][0].pop("calibration_step"), r"has no 'calibration_step'", id="an older version's"
-    ),
+    pytest.param(lambda s: s["state"][0].pop("calibration_step"), r"has no 'calibration_step'", id="older"),
     pytest.param(_in_state(momentum_buffer=torch.zeros(7)), r"must have the shape \(6,\).* has \(7,\)", id="shape"),
     pytest.param(_in_state(scale=torch.ones(6)), r"scale of .* must have the shape \(1,\).* has \(6,\)", id="channels"),
     pytest.param(_in_state(gsnr=torch.tensor(math.nan)), r"gsnr of .* has NaN or infinite elements", id="NaN"),
