@@ -121,7 +121,9 @@ def test_sharded_parameters_are_refused_by_name() -> None:
         p = nn.Parameter(distribute_tensor(torch.randn(4, 4), mesh, [Shard(0)]))
         optimizer = SGDSaI([("weight", p)], momentum_dtype="int8")
         p.grad = distribute_tensor(torch.randn(4, 4), mesh, [Shard(0)])
-        with pytest.raises(ValueError, match=r"int8' does not support sharded parameters, and weight is a DTensor.*use 'bfloat16'"):
+        with pytest.raises(
+            ValueError, match=r"int8' does not support sharded parameters, and weight is a DTensor.*use 'bfloat16'"
+        ):
             optimizer.step()
     finally:
         dist.destroy_process_group()

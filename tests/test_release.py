@@ -34,7 +34,14 @@ def make(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[nn.Module,
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"scaling": "raw"}, {"momentum_dtype": "int8"}, {"momentum": 0.0}, {"stochastic_rounding": True}, {"foreach": True}],
+    [
+        {},
+        {"scaling": "raw"},
+        {"momentum_dtype": "int8"},
+        {"momentum": 0.0},
+        {"stochastic_rounding": True},
+        {"foreach": True},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -205,9 +212,7 @@ def test_small_gpt2_learns(make_gpt2: Callable[..., Any], token_dataset: Any) ->
     # transformers 6 keeps the first name only.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-    optimizer = SGDSaI(
-        model.parameters(), lr=5e-3, momentum_dtype="int8", stochastic_rounding=True, weight_decay=0.0
-    )
+    optimizer = SGDSaI(model.parameters(), lr=5e-3, momentum_dtype="int8", stochastic_rounding=True, weight_decay=0.0)
     release_gradients(optimizer, model)
     batch = torch.stack([row["input_ids"] for row in token_dataset[:8]])
     losses = []
