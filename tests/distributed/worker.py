@@ -38,7 +38,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_sai import SGDSaI
+from hf_sai import SGDSaI, gsnr_table
 from hf_sai.calibration import INTERVAL, WINDOW
 from hf_sai.gsnr import measure
 from hf_sai.monitor import measure_gradients
@@ -82,7 +82,14 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
 
 def report(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    return {"gsnr": gsnrs(model, optimizer), "scale": scales(model, optimizer), "weights": weights(model)}
+    """What the optimizer has measured and made of the model; also as the table that a user looks at."""
+    table = gsnr_table(optimizer, model) if isinstance(optimizer, SGDSaI) else []
+    return {
+        "gsnr": gsnrs(model, optimizer),
+        "scale": scales(model, optimizer),
+        "table": {row.name: row.scale for row in table},
+        "weights": weights(model),
+    }
 
 
 # Two processes.
