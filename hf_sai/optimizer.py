@@ -218,7 +218,9 @@ class SGDSaI(Optimizer):
         for w in (part for w in work for part in in_phase(w)):
             grads = [g for g in w.grads if g is not None]
             calibrated = bool(w.batch.members[0].count)
-            if grads and grads[0].numel() and (calibrated or w.kinds[0] != "nonfinite"):
+            # At a learning rate of 0, as in the dummy step of torch.distributed.checkpoint, nothing can change.
+            waits = not calibrated and (w.kinds[0] == "nonfinite" or not float(w.group["lr"]))
+            if grads and grads[0].numel() and not waits:
                 by_hyper.setdefault((id(w.group), hyper(w)), []).append((w.group, w.batch.blocks(grads)))
             for m in w.batch.members:
                 m.starts = False

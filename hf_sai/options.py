@@ -80,12 +80,12 @@ def check_group(group: Mapping[str, Any]) -> None:
 
 
 def _check_number(name: str, value: Any, *, below: float = math.inf) -> None:
-    """Python and numpy numbers and one-element tensors and arrays are numbers; truth values are none."""
+    """Python and numpy numbers, one-element tensors and 0-dim arrays are numbers; truth values are none."""
     rule = f"in [0, {below:g})" if below < math.inf else "a finite number >= 0"
     array = (
         not isinstance(value, numbers.Number) and hasattr(value, "item") and getattr(value, "size", None) is not None
     )
-    if array and (value.numel() if isinstance(value, Tensor) else value.size) == 1:
+    if array and (value.numel() == 1 if isinstance(value, Tensor) else value.ndim == 0):
         number = value.item()
     else:
         number = value
