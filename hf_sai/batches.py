@@ -187,10 +187,10 @@ class GroupBatches:
             len(params) == len(self._params)
             and all(map(is_, params, self._params))
             and self._options == layout_options(group)
-            and all([p.grad is None for p in self._idle])
-            and all([states.get(p) is state for p, state in self._states])
-            and all([get(key) is tensor for get, key, tensor in self._held])
-            and all([p.dtype is dtype for p, dtype in self._plain])
+            and all(p.grad is None for p in self._idle)
+            and all(states.get(p) is state for p, state in self._states)
+            and all(get(key) is tensor for get, key, tensor in self._held)
+            and all(p.dtype is dtype for p, dtype in self._plain)
         )
 
 
@@ -210,7 +210,7 @@ def _in_cache(same: list[Member]) -> Iterator[list[Member]]:
 def _stacks(m: Member) -> bool:
     """Whether the state of a block may be a view of that of a batch."""
     p = m.param
-    if type(p) not in (torch.nn.Parameter, Tensor) or not p.is_cpu or p.numel() > _SMALL:
+    if isinstance(p, Segment) or type(p) not in (Parameter, Tensor) or not p.is_cpu or p.numel() > _SMALL:
         return False
     buffer = m.state.get("momentum_buffer")
     return "rounding_step" not in m.state and (buffer is None or buffer.dtype != torch.int8)

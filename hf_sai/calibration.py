@@ -2,10 +2,10 @@
 
 A gradient is usable if it is finite and not all zero. The first one of a block gives its g-SNR, which under the paper's
 scalings is all that its scale needs. Under ``scaling="adamw"`` the scale of a channel is ``1 / (sqrt(v) + eps)``, where
-``v`` is the mean of the channel's ``g^2`` over its first ``WINDOW`` usable gradients, and over all so far within that
-window. Afterwards ``v`` follows slowly: every ``INTERVAL`` steps a gradient counts as one of ``WINDOW``. The channels of
-token rows are measured in every step, and a row without a gradient counts as a zero, because how often a token occurs
-is what its scale has to make up for.
+``v`` is the mean of the channel's ``g^2`` over its first ``WINDOW`` usable gradients, and over those so far within that
+window. Afterwards ``v`` follows slowly: every ``INTERVAL`` steps a gradient counts as one of ``WINDOW``. The channels
+of token rows are measured in every step, and a row without a gradient counts as a zero, because how often a token
+occurs is what its scale has to make up for.
 
 Nothing here depends on the learning rate, nor, but for ``scaling="max"``, on other blocks.
 """
@@ -137,7 +137,7 @@ class Calibration:
         )
         if self._steps >= _PATIENCE:
             self._warn_about(
-                f"has had no usable gradient in {_PATIENCE} steps: all of them were zero or not finite; it does not train",
+                f"has had no usable gradient in {_PATIENCE} steps, only zeros or NaN; it does not train",
                 [m.name for (w, i), m in zip(pairs, members, strict=True)
                  if w.kinds[i] != "usable" and w.grads[i] is not None],
             )  # fmt: skip
@@ -240,7 +240,7 @@ def _reduce(due: Sequence[Work], squares: list[Tensor]) -> None:
         parts = [squares[sharded[k]] for k in members]
         flat = torch.cat([x.reshape(-1).double() for x in parts]).to(device)
         torch.distributed.all_reduce(flat, group=group)
-        for k, summed in zip(members, flat.split([x.numel() for x in parts]), strict=True):
+        for k, summed in zip(members, torch.split(flat, [x.numel() for x in parts]), strict=True):
             own = squares[sharded[k]]
             squares[sharded[k]] = summed.to(own.device).view_as(own)
 
@@ -263,7 +263,8 @@ def _fold(rows: Sequence[tuple[Tensor, Tensor, float]], eps: float, *, zeros_cou
     result = 1.0 / (average.sqrt_() + eps)
     keep = new.isfinite() & ((new > 0) | known) if not zeros_count else new.isfinite()
     result = torch.where(keep, result, old)
-    torch._foreach_copy_(scales, [r.view_as(s) for s, r in zip(scales, result.split([s.numel() for s in scales]), strict=True)])  # fmt: skip
+    parts = torch.split(result, [s.numel() for s in scales])
+    torch._foreach_copy_(scales, [part.view_as(s) for s, part in zip(scales, parts, strict=True)])
 
 
 def _stacklevel_of_user() -> int:

@@ -33,7 +33,7 @@ class Collector:
         """
         for batch in self.batches(group, groups, states).batches:
             grads = self._gradients(group, batch)
-            if all([g is not None for g in grads]) and batch.is_uniform():
+            if all(g is not None for g in grads) and batch.is_uniform():
                 yield Work(group, batch, grads)
                 continue
             for single, g in zip(batch.singles(), grads, strict=True):
@@ -62,7 +62,7 @@ class Collector:
 
     def _gradients(self, group: dict[str, Any], batch: Batch) -> "list[Tensor | None]":
         if batch.is_plain:
-            grads = [m.param.grad for m in batch.members]
+            grads = [m.param.grad for m in batch.members]  # type: ignore[union-attr]
         else:
             grads = [self._local_gradient(group, m) for m in batch.members]
         for m, g in zip(batch.members, grads, strict=True):
@@ -159,7 +159,8 @@ def hyper(w: Work) -> Hyper:
         lr=group["lr"] if isinstance(group["lr"], Tensor) else float(group["lr"]),
         weight=w.weight(),
         weight_decay=float(group["weight_decay"]),
-        limit=LIMIT if group["scaling"] == "adamw" else None,
+        # The scale of a token row is made from this gradient, too, which bounds its update.
+        limit=LIMIT if group["scaling"] == "adamw" and not group["token_rows"] else None,
         maximize=group["maximize"],
         stochastic_rounding=group["stochastic_rounding"],
     )

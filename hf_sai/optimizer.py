@@ -18,9 +18,9 @@ from hf_sai.update import update_blocks
 from hf_sai.zero import Partitions
 
 try:  # as torch.optim: `torch.compiler.disable` would import the compiler together with this package
-    from torch._compile import _disable_dynamo
+    from torch._compile import _disable_dynamo as outside_compiled_code
 except ImportError:  # a private name
-    from torch.compiler import disable as _disable_dynamo
+    from torch.compiler import disable as outside_compiled_code  # type: ignore[no-redef,assignment]
 
 
 class SGDSaI(Optimizer):
@@ -72,6 +72,8 @@ class SGDSaI(Optimizer):
         >>> optimizer.state[model.weight]["scale"].shape  # a scale for each of the 4 inputs
         torch.Size([1, 4])
     """
+
+    _partitions: Partitions
 
     def __init__(
         self,
@@ -185,7 +187,7 @@ class SGDSaI(Optimizer):
             self.__dict__.pop("_loading", None)
 
     @torch.no_grad()
-    @_disable_dynamo
+    @outside_compiled_code
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Calibrate the blocks whose gradients are due, then update every block that has a gradient.
 
@@ -215,7 +217,7 @@ class SGDSaI(Optimizer):
         """Calibrate and update blocks."""
         self._calibration.run(work, self._largest_gsnr())
         by_hyper: dict[tuple[int, Hyper], list[tuple[dict[str, Any], Blocks]]] = {}
-        for w in (part for w in work for part in in_phase(w)):
+        for w in [part for whole in work for part in in_phase(whole)]:
             grads = [g for g in w.grads if g is not None]
             calibrated = bool(w.batch.members[0].count)
             if grads and grads[0].numel() and (calibrated or w.kinds[0] != "nonfinite"):

@@ -81,13 +81,8 @@ def check_group(group: Mapping[str, Any]) -> None:
 def _check_number(name: str, value: Any, *, below: float = math.inf) -> None:
     """Python and numpy numbers and one-element tensors and arrays are numbers; truth values are none."""
     rule = f"in [0, {below:g})" if below < math.inf else "a finite number >= 0"
-    array = (
-        not isinstance(value, numbers.Number) and hasattr(value, "item") and getattr(value, "size", None) is not None
-    )
-    if array and (value.numel() if isinstance(value, Tensor) else value.size) == 1:
-        number = value.item()
-    else:
-        number = value
+    elements = value.numel() if isinstance(value, Tensor) else getattr(value, "size", 0)
+    number = value.item() if elements == 1 and hasattr(value, "item") else value
     if isinstance(number, bool) or not isinstance(number, numbers.Real):
         raise ValueError(f"{name} must be {rule}, got {value!r}")
     if not 0.0 <= float(number) < below:
