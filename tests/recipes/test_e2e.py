@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from hf_sai.cli import main
 from recipes.common import UserError
 from recipes.data import E2ETokens, group, load_e2e
 from recipes.gpt2_lora_e2e import E2EArguments, add_adapter, check_scoring, generate, load_model, run, score
@@ -130,7 +131,9 @@ def test_a_run_leaves_an_adapter_that_gives_the_recorded_loss(folders: tuple[Pat
     assert str(tmp_path) not in (out / "record.json").read_text()
 
 
-def test_scores_are_those_of_the_predictions_file(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_scores_are_those_of_the_predictions_file(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config, args = settings(folders, tmp_path, metrics=["bleu", "nist", "meteor", "rouge_l", "cider"], max_test_mrs=4)
     record = run(config, args)
     with open(tmp_path / "predictions.tsv", encoding="utf-8", newline="") as file:
@@ -138,6 +141,18 @@ def test_scores_are_those_of_the_predictions_file(folders: tuple[Path, Path], tm
     groups = group(load_e2e(str(folders[1])).test)[:4]
     assert [row["MR"] for row in rows] == [one.mr for one in groups]
     assert set(record["scores"]) == {"bleu", "nist", "meteor", "rouge_l", "cider"}
+    capsys.readouterr()
+    command = [
+        "score",
+        str(tmp_path / "predictions.tsv"),
+        "--references",
+        str(folders[1] / "test.csv"),
+        "--max-mrs",
+        "4",
+    ]
+    assert main([*command, "--metrics", "bleu", "nist", "--json"]) == 0
+    found = {name: round(value, 6) for name, value in json.loads(capsys.readouterr().out).items()}
+    assert found == {key: record["scores"][key] for key in ("bleu", "nist")}
     assert score([row["output"] for row in rows], groups, ["bleu", "nist"]) == {
         key: record["scores"][key] for key in ("bleu", "nist")
     }

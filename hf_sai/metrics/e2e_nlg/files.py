@@ -85,9 +85,10 @@ def _read_output_table(path: Path, mrs: list[str]) -> list[str]:
         raise ValueError(f"{path}, line 2: no outputs below the header")
     missing = [mr for mr in mrs if mr not in outputs]
     if missing:
+        hint = _if_first(len(outputs)) if missing == mrs[len(outputs) :] else ""
         raise ValueError(
             f"{path}, line {last + 1}: the table ends, and {len(missing)} of the {len(mrs)} MRs of the references have "
-            f"no output, the first of them {missing[0]!r}"
+            f"no output, the first of them {missing[0]!r}{hint}"
         )
     return [outputs[mr] for mr in mrs]
 
@@ -108,8 +109,12 @@ def _read_output_lines(path: Path, mrs: list[str]) -> list[str]:
         )
     raise ValueError(
         f"{path}, line {len(up_to_last) + 1}: an output is missing; the file has {len(filled)} for the {len(mrs)} MRs "
-        "of the references"
+        f"of the references{_if_first(len(up_to_last))}"
     )
+
+
+def _if_first(count: int) -> str:
+    return f"; if these are the outputs for the first {count} MRs, score them with --max-mrs {count}"
 
 
 def _read_table(
