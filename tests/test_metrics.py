@@ -239,16 +239,18 @@ def test_an_answer_of_meteor_that_is_no_number_is_an_error(java):
 
 
 def test_meteor_that_hangs_is_ended(java, monkeypatch):
-    java(meteor="exec sleep 60")
+    java(meteor="exec sleep 600")
     monkeypatch.setattr(scoring, "_STARTUP_S", 0.2)
+    # The tokenizer has the same limit, which on a busy machine even `cat` can miss.
+    monkeypatch.setattr(scoring, "_ptb_tokenize", lambda java, outputs, groups: (outputs, groups))
     start = time.monotonic()
     with pytest.raises(TimeoutError, match="METEOR took over 1 s for 4 segments"):
         scoring.score(PREDICTIONS, REFERENCES)
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 300
 
 
 def test_a_tokenizer_that_hangs_is_ended(java, monkeypatch):
-    java(tokenizer="exec sleep 60")
+    java(tokenizer="exec sleep 600")
     monkeypatch.setattr(scoring, "_STARTUP_S", 0.2)
     with pytest.raises(TimeoutError, match="the PTB tokenizer took over 1 s for 11 texts"):
         scoring.score(PREDICTIONS, REFERENCES, ["cider"])
