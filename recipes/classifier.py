@@ -342,7 +342,7 @@ def draw_curves(records: Sequence[Mapping[str, Any]], path: str | Path | BinaryI
     for panel in (losses, accuracies):
         panel.set_xlabel("epoch")
         panel.grid(alpha=0.3)
-    losses.legend(fontsize="small")
+    figure.legend(*losses.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
     figure.savefig(path, format="png", dpi=110)
 
 

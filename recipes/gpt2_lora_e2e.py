@@ -232,7 +232,7 @@ def score(outputs: list[str], groups: list[Group], metrics: list[str]) -> dict[s
 
 
 def predictions_table(groups: list[Group], outputs: list[str]) -> str:
-    """Tab-separated `MR`, `output`: what `hf-sai score` reads."""
+    """Tab-separated `MR`, `output`: what `hf-sai score` reads, with `--max-mrs` where `max_test_mrs` was set."""
     text = io.StringIO()
     writer = csv.writer(text, delimiter="\t", lineterminator="\n")
     writer.writerows([("MR", "output"), *((one.mr, output) for one, output in zip(groups, outputs, strict=True))])

@@ -156,13 +156,13 @@ def label(record: Mapping[str, Any]) -> str:
     return ", ".join(filter(None, parts))
 
 
-def _figure(panels: int) -> tuple[Any, Any]:
+def _figure(panels: int, sharey: bool = False) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4 * panels, 4.4), layout="constrained")
     FigureCanvasAgg(figure)  # no global state, no display
-    return figure, figure.subplots(1, panels, squeeze=False)[0]
+    return figure, figure.subplots(1, panels, squeeze=False, sharey=sharey)[0]
 
 
 def _plain(text: str) -> str:
@@ -192,7 +192,7 @@ def draw_curves(
         panel.set_xlabel("tokens" if axis == "tokens" else "seconds of training")
         panel.set_ylabel("loss (thin: training, dots: validation)")
         panel.grid(alpha=0.3)
-    panels[0].legend(fontsize="small")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
     figure.savefig(path, format="png", dpi=110)
 
 
@@ -200,7 +200,7 @@ def draw_costs(
     records: Sequence[Mapping[str, Any]], path: Path | BinaryIO, labels: Sequence[str] | None = None
 ) -> None:
     """Bars of the optimizer's median time in a step and of its state, as a PNG."""
-    figure, panels = _figure(2)
+    figure, panels = _figure(2, sharey=True)
     names = [_plain(labels[number] if labels else label(record)) for number, record in enumerate(records)]
     times = [record["speed"].get("optimizer_ms", 0.0) for record in records]
     sizes = [record["optimizer_state_bytes"] / 2**20 for record in records]
@@ -212,7 +212,7 @@ def draw_costs(
         bars = panel.barh(places, values, color=[f"C{place % 10}" for place in places])
         panel.bar_label(bars, fmt="%.3g", padding=3)
         panel.set_yticks(places, names)
-        panel.invert_yaxis()
-        panel.margins(x=0.15)
+        panel.margins(x=0.2)
         panel.set_xlabel(title)
+    panels[0].invert_yaxis()  # of both: they share it
     figure.savefig(path, format="png", dpi=110)

@@ -70,8 +70,11 @@ def test_a_large_block_on_the_cpu_is_updated_piece_by_piece() -> None:
     update_single_tensor(before, **HYPER, stochastic_rounding=False)
     whole.momentum_buffer.lerp_(whole.grad, 0.1)
     expected = whole.param * (1 - 0.01 * 0.1) - 0.01 * whole.host_scale * whole.momentum_buffer
-    torch.testing.assert_close(before[0].momentum_buffer, whole.momentum_buffer, rtol=0, atol=0)
-    torch.testing.assert_close(before[0].param, expected, rtol=2e-7, atol=2e-7)
+    # A processor may join a product and a sum in one rounding or not: at most four roundings of the terms.
+    held = whole.momentum_buffer.abs() + whole.grad.abs()
+    assert ((before[0].momentum_buffer - whole.momentum_buffer).abs() <= 4 * 2.0**-23 * held).all()
+    size = whole.param.abs() + 0.01 * whole.host_scale * held
+    assert ((before[0].param - expected).abs() <= 4 * 2.0**-23 * size).all()
 
 
 @pytest.fixture

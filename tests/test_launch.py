@@ -54,7 +54,7 @@ def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]),
     }
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, cwd=cwd, env=env)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=800, cwd=cwd, env=env)
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ def quiet(**settings: Any) -> TrainingArguments:
 
 
 def run_python(code: str, *argv: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=False, timeout=240)
+    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=False, timeout=800)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -200,7 +200,7 @@ def test_a_step_is_the_same_in_one_batch_or_in_accumulated_parts(config):
     config |= {"num_train_epochs": 2, "crop_padding": 2, "logging_steps": 5, "learning_rate": 1e-3}
     one = image_classification.run(config)
     parts = image_classification.run({**config, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 3})
-    # float32 sums in another order, relative errors of 2**-23 that ten steps carry on; 1e-4 is 840 of them
+    # float32 sums in another order, relative errors of 2**-23 that ten steps carry on; 1e-4 is 840 of them, 2 are seen
     assert losses(parts) == pytest.approx(losses(one), rel=1e-4)
 
 
@@ -243,7 +243,7 @@ def test_two_processes_are_one_with_twice_the_batch(config, tmp_path):
     (tmp_path / "two.yaml").write_text(json.dumps(config))  # JSON is YAML
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml"]
     command = [*launch, "recipes/image_classification.py", str(tmp_path / "two.yaml")]
-    printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=240, text=True).stdout
+    printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=800, text=True).stdout
     two = json.loads((tmp_path / "two" / "record.json").read_text())
     assert (one["processes"], two["processes"]) == (1, 2)
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)  # see the test of accumulation
@@ -341,7 +341,7 @@ def test_parquet_and_folders_give_the_same_tensors(home):
             assert torch.equal(ours, theirs)
     values = parquet.train.__getitems__(list(range(60)))["pixel_values"]
     assert values.mean((0, 2, 3)).tolist() == pytest.approx([0, 0, 0], abs=1e-5)
-    assert values.std((0, 2, 3)).tolist() == pytest.approx([1, 1, 1], rel=1e-4)
+    assert values.std((0, 2, 3), correction=0).tolist() == pytest.approx([1, 1, 1], rel=1e-5)
 
 
 def test_preloaded_and_decoded_when_asked_for_are_the_same_pixels(home):

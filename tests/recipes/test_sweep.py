@@ -275,7 +275,7 @@ def work(path):
     from recipes.sweep import end_with_parent
     end_with_parent()
     path.write_text(str(os.getpid()))
-    time.sleep(600)
+    time.sleep(900)
 
 if __name__ == "__main__":
     multiprocessing.get_context("spawn").Process(target=work, args=(pathlib.Path(sys.argv[1]),)).start()
@@ -302,7 +302,7 @@ def running(pid: int) -> bool:
         return False
 
 
-def until(what: Callable[[], object], seconds: float = 60) -> None:
+def until(what: Callable[[], object], seconds: float = 400) -> None:
     end = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < end, "it has not happened"
