@@ -67,7 +67,7 @@ def _compare(optimizer: Optimizer, state_dict: Any) -> None:
         for key in _SETTINGS:
             # What a scheduler has made of the learning rate is no setting.
             place = "initial_lr" if key == "lr" else key
-            if place in group and place in saved and group[place] != saved[place]:
+            if place in group and place in saved and _plain(group[place]) != _plain(saved[place]):
                 changed.setdefault(key, f"{key} {saved[place]} ({group[place]} in this run's arguments)")
     if changed:
         warnings.warn(
@@ -76,3 +76,7 @@ def _compare(optimizer: Optimizer, state_dict: Any) -> None:
             "resume_from_checkpoint",
             stacklevel=3,
         )
+
+
+def _plain(setting: Any) -> Any:
+    return str(setting).removeprefix("torch.") if isinstance(setting, torch.dtype) else setting

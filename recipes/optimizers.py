@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.training_args import OptimizerNames
 
 from hf_sai.from_args import sgd_sai_from_args
-from hf_sai.optim_args import parse_optim_args
+from hf_sai.optim_args import normalize_optim_args
 from recipes.common import UserError, did_you_mean
 
 # The names a recipe's `optim` takes besides transformers' own.
@@ -64,7 +64,7 @@ class RecipeArguments(TrainingArguments):
     def __post_init__(self) -> None:
         optim = check_optimizer_name(self.optim)
         if optim == "sgd_sai":
-            _or_user_error(parse_optim_args, self.optim_args)
+            self.optim_args = _or_user_error(normalize_optim_args, self.optim_args)
         # The parent accepts its own names only; the recipes hand the optimizer to the Trainer themselves.
         self.optim = optim if isinstance(optim, OptimizerNames) else OptimizerNames.ADAMW_TORCH
         super().__post_init__()
@@ -93,7 +93,7 @@ class OptimizerArguments:
     def __post_init__(self) -> None:
         self.optim = check_optimizer_name(self.optim)
         if self.optim == "sgd_sai":
-            _or_user_error(parse_optim_args, self.optim_args)
+            self.optim_args = _or_user_error(normalize_optim_args, self.optim_args)
 
 
 def _own_optim_args(cls: Callable[..., Any], text: str | None, extra: Iterable[str] = ()) -> dict[str, Any]:

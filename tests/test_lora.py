@@ -52,12 +52,12 @@ def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, floa
 @pytest.mark.parametrize("way", ways.REGISTERED, ids=lambda way: way.__name__)
 @pytest.mark.usefixtures("registered")
 def test_every_adapter_trains_when_registered(way: ways.Way, lora: Any, rows: list[Any], tmp_path: Path) -> None:
-    check_every_adapter_trains(way, lora, rows, tmp_path, "floor", LR)
+    check_every_adapter_trains(way, lora, rows, tmp_path, "adamw", LR)
 
 
 @pytest.mark.parametrize("way", ways.UNREGISTERED, ids=lambda way: way.__name__)
 def test_every_adapter_trains(way: ways.Way, lora: Any, rows: list[Any], tmp_path: Path) -> None:
-    check_every_adapter_trains(way, lora, rows, tmp_path, "floor", LR)
+    check_every_adapter_trains(way, lora, rows, tmp_path, "adamw", LR)
 
 
 # High, because this untrained model has small gradients, and A's are proportional to B.
