@@ -25,8 +25,6 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from tqdm import tqdm
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     DataCollatorForSeq2Seq,
     GenerationConfig,
     Trainer,
@@ -50,6 +48,7 @@ from recipes.common import (
     write_text,
 )
 from recipes.data import HUB_NAME, E2ETokens, Group, clean, group, load_e2e, prompt_ids
+from recipes.models import base_weights, check_model, hub_name, load_model
 from recipes.optimizers import RecipeArguments, trainer_optimizer
 
 logger = logging.getLogger(__name__)
@@ -60,7 +59,8 @@ class E2EArguments:
     """Model, data, adapter, decoding and scoring; training is `RecipeArguments`."""
 
     model: str = field(
-        default="openai-community/gpt2-medium", metadata={"help": "Causal language model: hub name or folder."}
+        default="openai-community/gpt2-medium",
+        metadata={"help": "Causal language model: hub name, folder, or smollm2 (recipes/smollm2.py)."},
     )
     data: str = field(default=HUB_NAME, metadata={"help": "Hub name, or a folder with the official CSV files."})
     data_revision: str | None = field(default=None, metadata={"help": "Revision of the hub's data set."})
@@ -120,23 +120,6 @@ class E2ETrainer(Trainer):
             return super().compute_loss(model, inputs, *args, **kwargs)
         finally:
             self.label_smoother = smoother
-
-
-def load_model(name: str) -> tuple[Any, Any]:
-    """Model and tokenizer by hub name or folder; padding is the end-of-text token where the tokenizer has none."""
-    try:
-        # False, and not the default, with which transformers asks on the terminal whether to run code beside the model.
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model: could not load {name!r} as a causal language model: {error}") from error
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"model: the tokenizer of {name!r} has no end-of-text token (eos_token), which ends an output")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    for settings in (model.config, model.generation_config):
-        settings.pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer
 
 
 def check_lengths(model: Any, tokenizer: Any, groups: list[Group], config: E2EArguments) -> int:
@@ -241,6 +224,7 @@ def predictions_table(groups: list[Group], outputs: list[str]) -> str:
 def model_card(record: dict[str, Any], config: E2EArguments) -> ModelCard:
     """The adapter's card: base model, data, optimizer, learning rate and scores, in the hub's format."""
     settings, scores = record["config"], record["scores"]
+    base = record["base_model"] or settings["model"]
     results = [
         EvalResult(
             task_type="text-generation",
@@ -252,14 +236,15 @@ def model_card(record: dict[str, Any], config: E2EArguments) -> ModelCard:
         for name, value in scores.items()
     ]
     data = ModelCardData(
-        base_model=settings["model"],
+        base_model=record["base_model"],
         library_name="peft",
         tags=["lora", "e2e_nlg", str(settings["optim"])],
         model_name="LoRA on E2E",
         eval_results=results,
     )
     rows = [
-        ("base model", settings["model"]),
+        ("base model", base if record["base_model"] else f"{base} (a local folder)"),
+        *([("base weights", record["base_weights"])] if record["base_weights"] else []),
         ("data", settings["data"]),
         ("optimizer", f"{settings['optim']} {settings.get('optim_args', '')}".strip()),
         ("learning rate", f"{settings['learning_rate']:g}"),
@@ -271,7 +256,7 @@ def model_card(record: dict[str, Any], config: E2EArguments) -> ModelCard:
     ]
     table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {markdown_text(value)} |" for name, value in rows)])
     about = (
-        f"A LoRA adapter for {markdown_text(settings['model'])}, trained by `recipes/gpt2_lora_e2e.py` of hf_sai "
+        f"A LoRA adapter for {markdown_text(base)}, trained by `recipes/gpt2_lora_e2e.py` of hf_sai "
         f"{record['versions'].get('hf_sai', '')} to turn a table of attributes into a sentence.\n\n{table}\n\n"
         f"Prompt: `name : Blue Spice | Type : coffee shop | area : city centre`, then the end-of-text token. "
         f"Decoding: {config.num_beams} beams, length penalty {config.length_penalty:g}, "
@@ -307,6 +292,7 @@ def run(config: E2EArguments, args: RecipeArguments) -> dict[str, Any]:
     check_writable("output_dir", folder)
     if config.record:
         check_writable("record", Path(config.record).parent)
+    check_model(config.model)
     set_seed(args.seed)
 
     with state.main_process_first():
@@ -355,6 +341,8 @@ def run(config: E2EArguments, args: RecipeArguments) -> dict[str, Any]:
             train_rows=len(train),
             eval_rows=len(validation),
             test_mrs=len(groups) if config.generate else 0,
+            base_model=hub_name(config.model),
+            base_weights=base_weights(config.model, model.config.name_or_path),
             base_eval_loss=next((log["eval_loss"] for log in evaluations if log.get("step") == 0), None),
             train_loss=training.training_loss,
             eval_loss=eval_loss,

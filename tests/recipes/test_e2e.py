@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from recipes.common import UserError
 from recipes.data import E2ETokens, group, load_e2e
-from recipes.gpt2_lora_e2e import E2EArguments, add_adapter, check_scoring, generate, load_model, run, score
+from recipes.gpt2_lora_e2e import E2EArguments, add_adapter, check_scoring, generate, run, score
+from recipes.models import load_model
 from recipes.optimizers import RecipeArguments
 from recipes.toy_e2e import write_sample
 
@@ -159,7 +160,9 @@ def test_card_names_optimizer_rate_and_scores(folders: tuple[Path, Path], tmp_pa
     config, args = settings(folders, tmp_path, optim="prodigy", learning_rate=0.5)
     record = run(config, args)
     card = ModelCard.load(tmp_path / "adapter" / "README.md")
-    assert (card.data.base_model, card.data.library_name) == ("base", "peft")
+    assert (card.data.base_model, card.data.library_name) == (None, "peft")  # the hub has no model `base`
+    assert "| base model | base (a local folder) |" in card.text
+    assert (record["base_model"], record["base_weights"]) == (None, None)
     assert {result.metric_type: result.metric_value for result in card.data.eval_results} == record["scores"]
     assert "| optimizer | prodigy |" in card.text
     assert "| learning rate | 0.5 |" in card.text
@@ -255,7 +258,7 @@ def test_bad_settings(kwargs: dict[str, Any], says: str) -> None:
 
 
 def test_bad_model_layers_and_scores(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"model: could not load '.*nothing' as a causal language model"):
+    with pytest.raises(UserError, match=r"model: there is no folder '.*nothing'; give a folder"):
         load_model(str(tmp_path / "nothing"))
     config, args = settings(folders, tmp_path, lora_target_modules=["q_proj"])
     with pytest.raises(UserError, match=r"lora_target_modules: .*q_proj"):
