@@ -8,6 +8,7 @@ Writes to `output_dir`: `adapter/` (PEFT format, with a model card), `record.jso
 """
 
 import csv
+import functools
 import io
 import logging
 import math
@@ -50,6 +51,7 @@ from recipes.common import (
 from recipes.data import HUB_NAME, E2ETokens, Group, clean, group, load_e2e, prompt_ids
 from recipes.models import base_weights, check_model, hub_name, load_model
 from recipes.optimizers import RecipeArguments, trainer_optimizer
+from recipes.run_folder import run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -282,17 +284,21 @@ def run(config: E2EArguments, args: RecipeArguments) -> dict[str, Any]:
     """Train, evaluate, generate, score, save; returns the record, on every process.
 
     Raises:
-        UserError: bad data, model or settings.
+        UserError: bad data, model or settings, or an `output_dir` that holds or is held by another run.
     """
-    state = PartialState()
-    folder = Path(args.output_dir)
-    checkpoint = resume_point(args)
     if config.generate:
         check_scoring(config.metrics)
-    check_writable("output_dir", folder)
     if config.record:
         check_writable("record", Path(config.record).parent)
     check_model(config.model)
+    last = functools.partial(last_whole_checkpoint, args.output_dir, args.world_size)
+    with run_folder(args.output_dir, args.resume_from_checkpoint, last, args.overwrite_output_dir) as checkpoint:
+        return _run(config, args, checkpoint)
+
+
+def _run(config: E2EArguments, args: RecipeArguments, checkpoint: str | None) -> dict[str, Any]:
+    state = PartialState()
+    folder = Path(args.output_dir)
     set_seed(args.seed)
 
     with state.main_process_first():
@@ -357,17 +363,6 @@ def run(config: E2EArguments, args: RecipeArguments) -> dict[str, Any]:
         save(trainer, tokenizer, record, config, folder, predictions)
     state.wait_for_everyone()
     return record
-
-
-def resume_point(args: RecipeArguments) -> str | None:
-    """The last whole checkpoint for `--resume_from_checkpoint last`, or the folder it names; None to start anew."""
-    wanted = args.resume_from_checkpoint
-    if not wanted:
-        return None
-    found = last_whole_checkpoint(args.output_dir, args.world_size) if wanted == "last" else wanted
-    if found is None or not Path(found).is_dir():
-        raise UserError(f"resume_from_checkpoint: no checkpoint at {wanted!r} (output_dir {args.output_dir})")
-    return found
 
 
 def save(
