@@ -25,18 +25,20 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
 
+from recipes.interrupt import guarded
+
 
 class UserError(ValueError):
     """Bad input that the message explains fully: `run_main` prints it without a traceback."""
 
 
 def run_main(main: Callable[[], Any]) -> None:
-    """Call a recipe's main function; a `UserError` becomes one line on stderr and exit status 2."""
+    """Call a recipe's main function; a `UserError` becomes one line on stderr and exit status 2, Ctrl-C one and 130."""
     if "LOCAL_RANK" in os.environ and not torch.accelerator.is_available():
         # accelerate's launcher of several processes does not pass `use_cpu: true` on: each would train alone
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     try:
-        main()
+        guarded(main)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -261,7 +263,7 @@ _SECRET = ("hub_token", "push_to_hub_token")
 # Names of a person's places and accounts. `push_to_hub_*` and `logging_dir` are of transformers 4.
 _PRIVATE = (
     *("output_dir", "logging_dir", "run_name", "hub_model_id", "push_to_hub_model_id", "push_to_hub_organization"),
-    *("trackio_space_id", "trackio_static_space_id", "trackio_bucket_id"),
+    *("overwrite_output_dir", "trackio_space_id", "trackio_static_space_id", "trackio_bucket_id"),
 )
 
 
@@ -311,14 +313,15 @@ def run_record(recipe: str, configs: Sequence[Any], **results: Any) -> dict[str,
 
 
 def check_writable(option: str, folder: str | Path) -> None:
-    """Make a folder and try to write in it: before a run, not after it.
+    """Try to write in a folder, or in the nearest one above it that exists: before a run, not after it. Makes nothing.
 
     Raises:
-        UserError: it cannot be made, or nothing can be written in it.
+        UserError: nothing can be written in it.
     """
+    folder = Path(folder)
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=existing) as file:
             file.write(b"x")
     except OSError as error:
         raise UserError(f"{option}: cannot write in {str(folder)!r} ({error.strerror}); give another folder") from error

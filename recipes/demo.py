@@ -140,6 +140,7 @@ def fine_tune(name: str, base: Path, data: Path, demo: DemoArguments) -> tuple[d
         save_strategy="no",
         seed=1,
         use_cpu=True,
+        overwrite_output_dir=True,
     )
     record = run(config, args)
     with open(folder / "predictions.tsv", encoding="utf-8", newline="") as file:

@@ -13,7 +13,7 @@ is not there or no longer true (other settings, another optimizer). What README.
 
 With a GPU, larger (not run by us yet):
 
-    python recipes/diffusion_demo.py --output_dir out/demo64 --size 64 --channels 64 128 128 256 256 \\
+    python recipes/diffusion_demo.py --output_dir outputs/demo64 --size 64 --channels 64 128 128 256 256 \\
         --pretrain_batch_size 64 --pretrain_steps 20000 --lora_steps 300
 """
 
@@ -86,7 +86,8 @@ class DemoArguments:
     """Sizes of the demo. The defaults take under ten minutes of one CPU core."""
 
     output_dir: str = field(
-        default="out/diffusion_demo", metadata={"help": "Where everything is written; what is there is not made again."}
+        default="outputs/diffusion_demo",
+        metadata={"help": "Where everything is written; what is there is not made again."},
     )
     record: str | None = field(default=None, metadata={"help": "Where the table goes besides output_dir/record.json."})
     grid: str | None = field(default=None, metadata={"help": "Where the pictures go besides output_dir/grid.png."})
@@ -216,11 +217,12 @@ def one_run(
         concept_tokens=[TOKEN],
         concept_init=[CONCEPT[0]],
         lora_r=config.lora_r,
-        train_batch_size=len(_SHOWN),
+        per_device_train_batch_size=len(_SHOWN),
         max_steps=config.lora_steps,
         max_grad_norm=0.0,
         cache_latents=True,
         logging_steps=config.lora_steps,
+        overwrite_output_dir=True,
         seed=seed,
     )
     optimizer = OptimizerArguments(optim=contender.optim, optim_args=contender.optim_args, learning_rate=rate)

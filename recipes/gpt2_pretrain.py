@@ -8,6 +8,7 @@ g-SNR of every block over time, and figures of it. `recipes/compare.py` puts sev
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import logging
@@ -33,14 +34,14 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, get_last_checkpoint
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
 from hf_sai import GSNRCallback
 from hf_sai.checkpoints import last_whole_checkpoint
 from hf_sai.initialisation import SCHEMES, initialise
 from hf_sai.monitor import read_record
 from hf_sai.probe import GPT2_SIZES
-from recipes.common import StepTimer, UserError, check_writable, parse_config, run_main, write_bytes, write_json
+from recipes.common import StepTimer, UserError, parse_config, run_main, write_bytes, write_json
 from recipes.optimizers import RecipeArguments, trainer_optimizer
 from recipes.pretrain_data import (
     IGNORED,
@@ -53,6 +54,7 @@ from recipes.pretrain_data import (
 )
 from recipes.pretrain_report import build_record, diverged, draw_curves, draw_gsnr
 from recipes.pretrain_text import Corpus
+from recipes.run_folder import run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -129,9 +131,6 @@ class PretrainArguments(RecipeArguments):
     logging_nan_inf_filter: bool = False
     max_loss: float = field(
         default=math.inf, metadata={"help": "A logged loss above it, or a loss of NaN, ends the run as diverged."}
-    )
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "`auto` (the last of output_dir, if any) or a checkpoint's folder."}
     )
 
     def __post_init__(self) -> None:
@@ -349,24 +348,6 @@ def set_length(args: PretrainArguments, options: ModelArguments, train_blocks: i
         args.warmup_steps = round(args.warmup_fraction * steps)
 
 
-def checkpoint_to_resume(args: PretrainArguments) -> str | None:
-    """The folder to go on from; `UserError` where `output_dir` holds an earlier run and nothing says what to do."""
-    folder = Path(args.output_dir)
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if args.resume_from_checkpoint == "auto":
-        return last_whole_checkpoint(folder)
-    if args.resume_from_checkpoint is None and last is not None:
-        raise UserError(
-            f"output_dir {args.output_dir} holds {Path(last).name} of an earlier run: "
-            "continue it with --resume_from_checkpoint auto, or give another output_dir"
-        )
-    if args.resume_from_checkpoint is not None and not Path(args.resume_from_checkpoint).is_dir():
-        raise UserError(
-            f"resume_from_checkpoint: no folder at {args.resume_from_checkpoint!r}; `auto` finds the last one"
-        )
-    return args.resume_from_checkpoint
-
-
 def pretrain(config: str | Path | Mapping[str, Any] | Sequence[str]) -> Path:
     """Train as `config` says and return the folder that holds the model and its tokenizer (`output_dir`).
 
@@ -377,8 +358,12 @@ def pretrain(config: str | Path | Mapping[str, Any] | Sequence[str]) -> Path:
         UserError: bad input; the message names the option, the rule and the remedy.
     """
     corpus, options, args = read_config(config)
-    check_writable("output_dir", args.output_dir)
-    checkpoint = checkpoint_to_resume(args)
+    last = functools.partial(last_whole_checkpoint, args.output_dir, args.world_size)
+    with run_folder(args.output_dir, args.resume_from_checkpoint, last, args.overwrite_output_dir) as checkpoint:
+        return _pretrain(corpus, options, args, checkpoint)
+
+
+def _pretrain(corpus: Corpus, options: ModelArguments, args: PretrainArguments, checkpoint: str | None) -> Path:
     set_seed(args.seed)
     tokenizer = load_tokenizer(corpus, options)
     model = build_model(options, tokenizer)

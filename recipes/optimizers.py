@@ -21,6 +21,8 @@ from transformers.training_args import OptimizerNames
 from hf_sai.from_args import sgd_sai_from_args
 from hf_sai.optim_args import normalize_optim_args
 from recipes.common import UserError, did_you_mean
+from recipes.run_folder import HELP as RESUME_HELP
+from recipes.run_folder import OVERWRITE_HELP
 
 # The names a recipe's `optim` takes besides transformers' own.
 OWN_OPTIMIZERS = ("sgd_sai", "sgd_sai_authors", "sgdm", "adam_mini", "prodigy", "muon", "scaled_adamw", "scaled_sgd")
@@ -60,6 +62,8 @@ class RecipeArguments(TrainingArguments):
     report_to: None | str | list[str] = field(  # noqa: RUF036 (HfArgumentParser takes the second as the type)
         default="none", metadata={"help": "Trackers to log to (wandb, tensorboard, ...), or none."}
     )
+    resume_from_checkpoint: str | None = field(default=None, metadata={"help": RESUME_HELP})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": OVERWRITE_HELP})
 
     def __post_init__(self) -> None:
         optim = check_optimizer_name(self.optim)

@@ -22,9 +22,7 @@ import json
 import logging
 import math
 import multiprocessing
-import os
 import statistics
-import threading
 import traceback
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -35,6 +33,7 @@ from typing import Any
 import torch
 
 from recipes.common import UserError, did_you_mean, machine, read_yaml, run_main, versions, write_json
+from recipes.interrupt import resumable, worker_start
 from recipes.sweep_report import draw, larger_is_better
 
 # By the recipe's name: its module, the function there that takes command-line words, and where in its record the figure
@@ -197,16 +196,9 @@ def best_points(rows: list[dict[str, Any]], metric: str) -> dict[str, dict[str, 
 
 
 def _start_worker() -> None:
-    end_with_parent()
+    worker_start()
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
-
-
-def end_with_parent() -> None:
-    """Let this worker end when the sweep is gone: killed, it cannot say so, and its worker would begin the next run."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def perform(recipe: str, base: str, run: Run) -> str | None:
@@ -221,7 +213,8 @@ def perform(recipe: str, base: str, run: Run) -> str | None:
             contextlib.redirect_stderr(log),
         ):
             try:
-                train(run.words(base))
+                unfinished = any(run.folder.glob("checkpoint-*"))
+                train([*run.words(base), *(["--resume_from_checkpoint=auto"] if unfinished else [])])
             except Exception:
                 traceback.print_exc()
                 raise
@@ -304,8 +297,10 @@ def do(sweep: Sweep, runs: list[Run]) -> Iterator[tuple[Run, str | None]]:
         try:
             for task in as_completed(tasks):
                 yield tasks[task], task.result()
-        except BaseException:
+        except BaseException:  # Ctrl-C: runs that are not done yet are not waited for
             pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.terminate()
             raise
 
 
@@ -359,6 +354,11 @@ def main() -> None:
     sweep = Sweep.read(args.file)
     sweep.processes = args.processes or sweep.processes
     sweep.check(args.file)
+    with resumable(lambda: ""):
+        _work(sweep, args)
+
+
+def _work(sweep: Sweep, args: argparse.Namespace) -> None:
     failed: list[str] = []
     for stage in ("grid", "final") if not args.report else ():
         runs = planned(sweep)

@@ -11,11 +11,12 @@ from hostile_table import Attempt, Case
 from hf_sai.plots import plot_losses
 from recipes.common import UserError, check_writable, parse_config, write_text
 from recipes.compare import compare
-from recipes.diffusion_checkpoint import find_checkpoint, load_checkpoint
+from recipes.diffusion_checkpoint import last_checkpoint, load_checkpoint
 from recipes.diffusion_config import DiffusionArguments
 from recipes.gpt2_lora_e2e import E2EArguments, check_scoring, run
 from recipes.gpt2_pretrain import read_config
 from recipes.optimizers import RecipeArguments
+from recipes.run_folder import checkpoint_to_resume
 from recipes.sweep import Sweep
 
 
@@ -247,9 +248,9 @@ CASES: list[Case] = [
     ),
     Case(
         "diffusion: nothing to resume",
-        lambda folder: Attempt(lambda: find_checkpoint("last", folder)),
+        lambda folder: Attempt(lambda: checkpoint_to_resume("last", folder, lambda: last_checkpoint(folder))),
         UserError,
-        "resume: no checkpoint at 'last'",
+        "resume_from_checkpoint: there is no whole checkpoint in output_dir",
     ),
     Case(
         "metrics: a typo",

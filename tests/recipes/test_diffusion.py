@@ -83,7 +83,7 @@ def train(model_folder: Path, data_folder: Path, tmp_path: Path) -> Callable[...
             "output_dir": str(folder),
             "concept_init": ["dog"],
             "max_steps": 4,
-            "train_batch_size": 2,
+            "per_device_train_batch_size": 2,
             "inference_steps": 2,
             "logging_steps": 1,
             **settings,
@@ -141,9 +141,9 @@ def test_only_lora_and_new_rows_train(train: Any, trained_pipe: list[Any], model
 
 def test_resume_is_bitwise(train: Any) -> None:
     """Also with dropout, whose random numbers are the only ones not made from the sample's number."""
-    settings = {"checkpoint_steps": 2, "lora_dropout": 0.2, "text_lora": True}
+    settings = {"save_steps": 2, "lora_dropout": 0.2, "text_lora": True}
     whole, folder = train("whole", **settings)
-    resumed, again = train("again", resume=str(folder / "checkpoint-000002"), **settings)
+    resumed, again = train("again", resume_from_checkpoint=str(folder / "checkpoint-000002"), **settings)
     assert resumed["steps"] == whole["steps"] == 4
     assert resumed["history"] == whole["history"]
     a, b = weights(folder), weights(again)
@@ -152,23 +152,23 @@ def test_resume_is_bitwise(train: Any) -> None:
 
 def test_a_killed_save_is_not_resumed(train: Any) -> None:
     """What a killed save leaves behind is neither found nor in the way; `last` is the newest whole checkpoint."""
-    whole, folder = train(checkpoint_steps=2, checkpoints_kept=1)
+    whole, folder = train(save_steps=2, save_total_limit=1)
     assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-000004"]
     broken = folder / "checkpoint-000006"  # not renamed, so without the file that is written last
     shutil.copytree(folder / "checkpoint-000004", broken)
     (broken / "progress.json").unlink()
-    resumed, _ = train(checkpoint_steps=2, checkpoints_kept=1, resume="last", max_steps=6)
+    resumed, _ = train(save_steps=2, save_total_limit=1, resume_from_checkpoint="last", max_steps=6)
     assert resumed["history"][:4] == whole["history"]
     assert [h["step"] for h in resumed["history"]] == [1, 2, 3, 4, 5, 6]
 
 
 def test_resume_refuses_another_batch_or_lora(train: Any) -> None:
-    _, folder = train(checkpoint_steps=2)
-    for settings, rule in (({"train_batch_size": 3}, "samples a step"), ({"lora_r": 4}, "another LoRA")):
+    _, folder = train(save_steps=2)
+    for settings, rule in (({"per_device_train_batch_size": 3}, "samples a step"), ({"lora_r": 4}, "another LoRA")):
         with pytest.raises(UserError, match=rule):
-            train("other", resume=str(folder / "checkpoint-000002"), **settings)
-    with pytest.raises(UserError, match="no checkpoint at 'last'"):
-        train("other", resume="last")
+            train("other", resume_from_checkpoint=str(folder / "checkpoint-000002"), **settings)
+    with pytest.raises(UserError, match="there is no whole checkpoint in output_dir"):
+        train("other", resume_from_checkpoint="last")
 
 
 def test_accumulation_caches_and_checkpointing_change_nothing(train: Any) -> None:
@@ -176,7 +176,7 @@ def test_accumulation_caches_and_checkpointing_change_nothing(train: Any) -> Non
     settings = {"flip": True, "optimizer": PLAIN_SGD}
     _, plain = train("plain", **settings)
     _, start = train("start", flip=True, optimizer={**PLAIN_SGD, "learning_rate": 0.0}, max_steps=1)
-    _, accumulated = train("accumulated", **settings, train_batch_size=1, gradient_accumulation_steps=2)
+    _, accumulated = train("accumulated", **settings, per_device_train_batch_size=1, gradient_accumulation_steps=2)
     _, cached = train("cached", **settings, cache_latents=True)
     _, again = train("again", **settings, gradient_checkpointing=True)
     for other in (accumulated, cached, again):
@@ -242,15 +242,15 @@ def test_two_processes_equal_one_with_twice_the_batch(
     train: Any, model_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
     """Under the shipped launcher configuration, weights and logged losses are those of one process."""
-    record, single = train("single", train_batch_size=4)
-    _, start = train("start", train_batch_size=4, optimizer={"learning_rate": 0.0}, max_steps=1)
+    record, single = train("single", per_device_train_batch_size=4)
+    _, start = train("start", per_device_train_batch_size=4, optimizer={"learning_rate": 0.0}, max_steps=1)
     settings = {
         "model": model_folder,
         "data": data_folder,
         "output_dir": tmp_path / "double",
         "concept_init": "dog",
         "max_steps": 4,
-        "train_batch_size": 2,
+        "per_device_train_batch_size": 2,
         "learning_rate": 1e-2,
         "lr_scheduler_type": "constant",
         "logging_steps": 1,

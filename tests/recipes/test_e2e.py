@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from hf_sai.cli import main
 from recipes.common import UserError
 from recipes.data import E2ETokens, group, load_e2e
-from recipes.gpt2_lora_e2e import E2EArguments, add_adapter, check_scoring, generate, load_model, run, score
+from recipes.gpt2_lora_e2e import E2EArguments, add_adapter, check_scoring, generate, run, score
+from recipes.models import load_model
 from recipes.optimizers import RecipeArguments
 from recipes.toy_e2e import write_sample
 
@@ -174,7 +175,9 @@ def test_card_names_optimizer_rate_and_scores(folders: tuple[Path, Path], tmp_pa
     config, args = settings(folders, tmp_path, optim="prodigy", learning_rate=0.5)
     record = run(config, args)
     card = ModelCard.load(tmp_path / "adapter" / "README.md")
-    assert (card.data.base_model, card.data.library_name) == ("base", "peft")
+    assert (card.data.base_model, card.data.library_name) == (None, "peft")  # the hub has no model `base`
+    assert "| base model | base (a local folder) |" in card.text
+    assert (record["base_model"], record["base_weights"]) == (None, None)
     assert {result.metric_type: result.metric_value for result in card.data.eval_results} == record["scores"]
     assert "| optimizer | prodigy |" in card.text
     assert "| learning rate | 0.5 |" in card.text
@@ -212,7 +215,7 @@ def test_last_checkpoint_by_word(folders: tuple[Path, Path], tmp_path: Path) -> 
     again = run(*settings(folders, tmp_path, **common, resume_from_checkpoint="last"))
     assert again["eval_loss"] == first["eval_loss"]
     assert again["time"] == {"steps_timed": 0}  # nothing was left to train
-    with pytest.raises(UserError, match="resume_from_checkpoint: no checkpoint at 'last'"):
+    with pytest.raises(UserError, match="resume_from_checkpoint: there is no whole checkpoint in output_dir"):
         run(*settings(folders, tmp_path / "empty", **common, resume_from_checkpoint="last"))
 
 
@@ -270,7 +273,7 @@ def test_bad_settings(kwargs: dict[str, Any], says: str) -> None:
 
 
 def test_bad_model_layers_and_scores(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"model: could not load '.*nothing' as a causal language model"):
+    with pytest.raises(UserError, match=r"model: there is no folder '.*nothing'; give a folder"):
         load_model(str(tmp_path / "nothing"))
     config, args = settings(folders, tmp_path, lora_target_modules=["q_proj"])
     with pytest.raises(UserError, match=r"lora_target_modules: .*q_proj"):
@@ -279,10 +282,33 @@ def test_bad_model_layers_and_scores(folders: tuple[Path, Path], tmp_path: Path)
         check_scoring(["blue"])
 
 
+def test_a_folder_with_an_earlier_run_is_refused_and_a_failed_run_leaves_none(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Neither the record nor the adapter of the first run changes; overwritten, the second run's take their place."""
+    quick = {"generate": False, "max_steps": 1}
+    run(*settings(folders, tmp_path / "out", **quick))
+    files = [tmp_path / "out" / name for name in ("record.json", "adapter/adapter_model.safetensors")]
+    before = [path.read_bytes() for path in files]
+    with pytest.raises(UserError, match=r"holds record\.json of an earlier run: start over with --overw"):
+        run(*settings(folders, tmp_path / "out", **quick, seed=3))
+    assert [path.read_bytes() for path in files] == before
+    run(*settings(folders, tmp_path / "out", **quick, seed=3, overwrite_output_dir=True))
+    assert json.loads(files[0].read_text())["config"]["seed"] == 3
+    assert files[1].read_bytes() != before[1]
+
+    for name in ("model", "data"):
+        config, args = settings(folders, tmp_path / "new", **quick)
+        setattr(config, name, str(tmp_path / "no"))
+        with pytest.raises(UserError, match=f"{name}: "):
+            run(config, args)
+        assert not (tmp_path / "new").exists()
+
+
 def test_sequences_fit_the_models_positions(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    config, args = settings(folders, tmp_path, max_length=512, max_test_mrs=1)  # the model has 160
+    config, args = settings(folders, tmp_path / "a", max_length=512, max_test_mrs=1)  # the model has 160
     assert run(config, args)["steps"] == 4
-    config, args = settings(folders, tmp_path, max_new_tokens=140)
+    config, args = settings(folders, tmp_path / "b", max_new_tokens=140)
     with pytest.raises(UserError, match=r"max_new_tokens: the longest prompt has \d+ tokens, which leaves \d+ of"):
         run(config, args)
 

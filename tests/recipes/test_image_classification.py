@@ -141,7 +141,7 @@ def test_killed_in_mid_epoch_and_resumed_is_the_run_never_killed(config, model, 
     with pytest.raises(KeyboardInterrupt):
         image_classification.run(config)
     monkeypatch.setattr(ClassifierTrainer, "training_step", step)
-    with pytest.raises(UserError, match=r"holds checkpoint-7 of an earlier run.*--resume_from_checkpoint auto"):
+    with pytest.raises(UserError, match=r"holds checkpoint-7 of an earlier run.*--resume_from_checkpoint last"):
         image_classification.run(config)
     resumed = image_classification.run({**config, "resume_from_checkpoint": "auto"})
     assert losses(resumed) == losses(whole)

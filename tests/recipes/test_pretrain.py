@@ -132,7 +132,7 @@ def test_killed_in_mid_epoch_and_resumed_is_the_run_never_killed(config, tmp_pat
         return step(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(PretrainTrainer, "training_step", recorded)
-    with pytest.raises(UserError, match=r"holds checkpoint-5 of an earlier run.*--resume_from_checkpoint auto"):
+    with pytest.raises(UserError, match=r"holds checkpoint-5 of an earlier run.*--resume_from_checkpoint last"):
         pretrain(config)
     resumed = pretrain({**config, "resume_from_checkpoint": "auto"})
     assert len(batches) == 12 - 5
@@ -266,7 +266,7 @@ def test_model_flops_are_what_torch_counts():
         ({"warmup_fraction": 2}, r"warmup_fraction must be in \[0, 1\), got 2"),
         ({"streaming": True, "max_steps": -1}, "streaming needs the length of the run: give max_tokens"),
         ({"train_files": None, "dataset": "Skylion007/openwebtext"}, "dataset: .* could not be read.*train_files"),
-        ({"resume_from_checkpoint": "/no/such/checkpoint"}, "resume_from_checkpoint: no folder"),
+        ({"resume_from_checkpoint": "/no/such/checkpoint"}, "resume_from_checkpoint: there is no folder"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

@@ -272,8 +272,8 @@ KILLED = """
 import multiprocessing, os, pathlib, sys, time
 
 def work(path):
-    from recipes.sweep import end_with_parent
-    end_with_parent()
+    from recipes.interrupt import worker_start
+    worker_start()
     path.write_text(str(os.getpid()))
     time.sleep(900)
 
