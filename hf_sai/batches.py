@@ -138,19 +138,18 @@ def _sum_of_squares(x: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Ten
     if not dims:
         return x.to(dtype).square()
     if x.is_cuda or dims[-1] == x.dim() - 1:
-        return torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=dtype).square()
+        norm: Tensor = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=dtype)
+        return norm.square()
     # On a CPU a norm over columns is fifty times slower than a sum of them.
-    if len(x) > 1 or x.numel() <= _CPU_PIECE or dims != (1,):
-        return torch.stack([_column_squares(matrix, dims[0] - 1, dtype) for matrix in x])
+    if x.numel() <= _CPU_PIECE:
+        return x.to(dtype).square().sum(dims, keepdim=True)
+    if dims[0] == 2:  # a stack of matrices
+        return torch.stack([_sum_of_squares(matrix[None], (1,), dtype)[0] for matrix in x[0]])[None]
     rows = max(1, _CPU_PIECE * x.shape[1] // x.numel())
-    total = torch.zeros(1, *x.shape[2:], dtype=dtype, device=x.device)
+    total = torch.zeros(1, 1, *x.shape[2:], dtype=dtype, device=x.device)
     for i in range(0, x.shape[1], rows):
-        total += _column_squares(x[0, i : i + rows], 0, dtype)
-    return total[None]
-
-
-def _column_squares(x: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype).square().sum(dim, keepdim=True)
+        total += x[:, i : i + rows].to(dtype).square().sum(1, keepdim=True)
+    return total
 
 
 class GroupBatches:

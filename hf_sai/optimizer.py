@@ -20,7 +20,7 @@ from hf_sai.zero import Partitions
 try:  # as torch.optim: `torch.compiler.disable` would import the compiler together with this package
     from torch._compile import _disable_dynamo as outside_compiled_code
 except ImportError:  # a private name
-    from torch.compiler import disable as outside_compiled_code  # type: ignore[no-redef,assignment]
+    from torch.compiler import disable as outside_compiled_code  # type: ignore[no-redef]
 
 
 class SGDSaI(Optimizer):
