@@ -14,7 +14,7 @@ import logging
 import math
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -74,12 +74,12 @@ class Calibration:
         self._steps = 0
         self._warned: set[str] = set()
 
-    def run(self, work: Sequence[Work], largest_gsnr: float) -> None:
+    def run(self, work: Sequence[Work], largest_gsnr: Callable[[], float]) -> None:
         """Measure the gradients that are due, and set the scales of their blocks.
 
         Args:
             work: in the same order on every process.
-            largest_gsnr: of the blocks with ``scaling="max"`` that are calibrated.
+            largest_gsnr: finds that of the calibrated blocks with ``scaling="max"``.
 
         Raises:
             RuntimeError: for a block without a scale under CUDA graph capture.
@@ -103,7 +103,7 @@ class Calibration:
         """Count a step, for the log."""
         self._steps += 1
 
-    def _first(self, pairs: Sequence[tuple[Work, int]], largest_gsnr: float) -> None:
+    def _first(self, pairs: Sequence[tuple[Work, int]], largest_gsnr: Callable[[], float]) -> None:
         """Measure the g-SNR of blocks that have none."""
         members = [w.batch.members[i] for w, i in pairs]
         statistics = _statistics(pairs)
@@ -115,7 +115,8 @@ class Calibration:
                 usable.append((w, m, s.gsnr))
         for scaling in ("raw", "max"):
             chosen = [(m, gsnr) for w, m, gsnr in usable if w.group["scaling"] == scaling]
-            values = paper_scales([gsnr for _, gsnr in chosen], scaling, largest_gsnr)
+            largest = largest_gsnr() if chosen and scaling == "max" else 0.0
+            values = paper_scales([gsnr for _, gsnr in chosen], scaling, largest)
             for (m, _), scale in zip(chosen, values, strict=True):
                 m.state["scale"].fill_(scale)
                 m.count, m.starts = 1, True

@@ -9,10 +9,11 @@ from torch import Tensor
 from hf_sai.batches import Batch, GroupBatches, Member, State
 from hf_sai.calibration import LIMIT, Work
 from hf_sai.checks import block_name, check_parameters
+from hf_sai.kernels import Blocks
 from hf_sai.options import Hyper
 from hf_sai.shards import gradient, is_sharded, shard_number, to_local
 from hf_sai.state import allocate
-from hf_sai.update import why_not_fused
+from hf_sai.update import update_blocks, why_not_fused
 from hf_sai.zero import Partitions
 
 States = MutableMapping[Tensor, State]
@@ -142,7 +143,31 @@ def check_group_params(group: dict[str, Any]) -> None:
             raise ValueError(f"fused=True is impossible for {block_name(group, i)}: {reason}; leave it None")
 
 
-def in_phase(w: Work) -> Sequence[Work]:
+def largest_gsnr(groups: Sequence[dict[str, Any]], states: Mapping[Tensor, State]) -> float:
+    """The largest g-SNR of the calibrated blocks with ``scaling="max"``, 0.0 if there is none."""
+    params = [p for group in groups if group["scaling"] == "max" for p in group["params"]]
+    return max((float(states[p]["gsnr"].max()) for p in params if "gsnr" in states.get(p, {})), default=0.0)
+
+
+def update(work: Sequence[Work]) -> None:
+    """Update every block that has a gradient and is calibrated, or decays only because its gradient is zero."""
+    batches: dict[tuple[int, Hyper], list[Blocks]] = {}
+    groups = {id(w.group): w.group for w in work}
+    for w in [part for whole in work for part in _in_phase(whole)]:
+        grads = [g for g in w.grads if g is not None]
+        if grads and grads[0].numel() and (w.batch.members[0].count or w.kinds[0] != "nonfinite"):
+            batches.setdefault((id(w.group), _hyper(w)), []).append(w.batch.blocks(grads))
+        for m in w.batch.members:
+            m.starts = False
+    for (group_id, hyper), blocks in batches.items():
+        group = groups[group_id]
+        update_blocks(blocks, hyper, group["foreach"], group["fused"])
+        counters = [b.counter for b in blocks if b.counter is not None]
+        if counters:
+            torch._foreach_add_(counters, 1)
+
+
+def _in_phase(w: Work) -> Sequence[Work]:
     """The same blocks in batches whose gradients have one weight in their momentum."""
     if len(w.kinds) == 1 or (w.batch.is_uniform() and len(set(w.kinds)) == 1):
         return (w,)
@@ -152,7 +177,7 @@ def in_phase(w: Work) -> Sequence[Work]:
     return parts
 
 
-def hyper(w: Work) -> Hyper:
+def _hyper(w: Work) -> Hyper:
     """What the update of some blocks needs besides their tensors."""
     group = w.group
     return Hyper(

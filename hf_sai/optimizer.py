@@ -1,6 +1,7 @@
 """SGDSaI: holds the state, collects what takes part in a step, saves and loads."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,11 +11,9 @@ from torch.optim import Optimizer
 from hf_sai.batches import State
 from hf_sai.calibration import Calibration, Work
 from hf_sai.checks import check_state_dict
-from hf_sai.collection import Collector, block_states, check_group_params, hyper, in_phase
-from hf_sai.kernels import Blocks
-from hf_sai.options import Hyper, check_group
+from hf_sai.collection import Collector, block_states, check_group_params, largest_gsnr, update
+from hf_sai.options import check_group
 from hf_sai.state import restore
-from hf_sai.update import update_blocks
 from hf_sai.zero import Partitions
 
 try:  # as torch.optim: `torch.compiler.disable` would import the compiler together with this package
@@ -214,38 +213,13 @@ class SGDSaI(Optimizer):
         return loss
 
     def _run(self, work: Sequence[Work]) -> None:
-        """Calibrate and update blocks."""
-        self._calibration.run(work, self._largest_gsnr())
-        by_hyper: dict[tuple[int, Hyper], list[tuple[dict[str, Any], Blocks]]] = {}
-        for w in [part for whole in work for part in in_phase(whole)]:
-            grads = [g for g in w.grads if g is not None]
-            calibrated = bool(w.batch.members[0].count)
-            if grads and grads[0].numel() and (calibrated or w.kinds[0] != "nonfinite"):
-                by_hyper.setdefault((id(w.group), hyper(w)), []).append((w.group, w.batch.blocks(grads)))
-            for m in w.batch.members:
-                m.starts = False
-        for (_, options), pairs in by_hyper.items():
-            group, blocks = pairs[0][0], [b for _, b in pairs]
-            update_blocks(blocks, options, group["foreach"], group["fused"])
-            counters = [b.counter for b in blocks if b.counter is not None]
-            if counters:
-                torch._foreach_add_(counters, 1)
+        self._calibration.run(work, partial(largest_gsnr, self.param_groups, self.state))
+        update(work)
 
     def _step_parameter(self, group_index: int, index: int) -> None:
         """Update one parameter, for gradient release."""
         group = self.param_groups[group_index]
         self._run(self._collector.work_of(group, index, self.param_groups, self.state))
-
-    def _largest_gsnr(self) -> float:
-        """The largest g-SNR of the blocks with ``scaling="max"``."""
-        states = [
-            self.state[p]["gsnr"]
-            for group in self.param_groups
-            if group["scaling"] == "max"
-            for p in group["params"]
-            if "gsnr" in self.state.get(p, {})
-        ]
-        return max((float(gsnr.max()) for gsnr in states), default=0.0)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As every optimizer's; with gradient release it also clears a step whose backward was not finished."""

@@ -45,7 +45,7 @@ def _sgd_sai(title: str, only: str | None = None, **options: Any) -> Rival:
     def make(model: Model, named: Named) -> SGDSaI:
         tokens = [p for name, p in named if _is_embedding(name)]
         rest = [p for name, p in named if not _is_embedding(name)]
-        groups = [{"params": rest}, {"params": tokens, "token_rows": True}]
+        groups: list[dict[str, Any]] = [{"params": rest}, {"params": tokens, "token_rows": True}]
         return SGDSaI([group for group in groups if group["params"]], lr=1e-4, **options)
 
     return Rival(f"SGD-SaI (hf_sai){title}", make, "SGD-SaI", only, settling=WINDOW + 1)
