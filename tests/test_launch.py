@@ -271,3 +271,16 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 
     main(["--help"])
     assert "accelerate launch -m hf_sai.launch sft.py --optim sgd_sai" in capsys.readouterr().out
+
+
+def test_the_command_is_the_module(capsys: pytest.CaptureFixture[str]) -> None:
+    from hf_sai.cli import main as command
+    from hf_sai.launch import main
+
+    main(["--help"])
+    wanted = capsys.readouterr().out
+    assert command(["launch", "--help"]) == 0
+    assert capsys.readouterr().out == wanted
+    with pytest.raises(SystemExit):
+        command(["--help"])
+    assert "optim='sgd_sai' is valid" in capsys.readouterr().out
