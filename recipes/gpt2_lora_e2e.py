@@ -1,6 +1,6 @@
 """LoRA fine-tuning of a GPT-2 on the E2E set, then generation and the five scores (Table 4 of the paper).
 
-    python recipes/gpt2_lora_e2e.py --config recipes/configs/gpt2_medium_sgd_sai.yaml
+    python -m recipes.gpt2_lora_e2e --config recipes/configs/gpt2_medium_sgd_sai.yaml
     accelerate launch --config_file accelerate_configs/ddp.yaml recipes/gpt2_lora_e2e.py --config ... --optim sgdm
 
 Writes to `output_dir`: `adapter/` (PEFT format, with a model card), `record.json`, `predictions.tsv`, `losses.png`,
@@ -45,6 +45,7 @@ from recipes.common import (
     parse_config,
     run_main,
     run_record,
+    start_logging,
     write_json,
     write_text,
 )
@@ -394,7 +395,7 @@ def run_words(words: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    start_logging()
     run_words()
 
 

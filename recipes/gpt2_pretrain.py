@@ -1,4 +1,4 @@
-"""Pretrain a GPT-2 from scratch on any text: `python recipes/gpt2_pretrain.py CONFIG.yaml [--option value ...]`.
+"""Pretrain a GPT-2 from scratch on any text: `python -m recipes.gpt2_pretrain CONFIG.yaml [--option value ...]`.
 
 Runs alone or under `accelerate launch --config_file accelerate_configs/NAME.yaml`. Text, split, tokens and blocks are
 those of `pretrain_data.py`; training, resume and trackers are the Trainer's. In `output_dir` it leaves the model and
@@ -41,7 +41,7 @@ from hf_sai.checkpoints import last_whole_checkpoint
 from hf_sai.initialisation import SCHEMES, initialise
 from hf_sai.monitor import read_record
 from hf_sai.probe import GPT2_SIZES
-from recipes.common import StepTimer, UserError, parse_config, run_main, write_bytes, write_json
+from recipes.common import StepTimer, UserError, parse_config, run_main, start_logging, write_bytes, write_json
 from recipes.optimizers import RecipeArguments, trainer_optimizer
 from recipes.pretrain_data import (
     IGNORED,
@@ -413,5 +413,5 @@ def _pretrain(corpus: Corpus, options: ModelArguments, args: PretrainArguments, 
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    start_logging()
     run_main(lambda: pretrain(sys.argv[1:]))

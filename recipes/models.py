@@ -14,8 +14,10 @@ def check_model(name: str) -> None:
     Raises:
         UserError: `name` can only be a folder, and there is none.
     """
-    if name == NAME or Path(name).expanduser().is_dir():
+    if name and (name == NAME or Path(name).expanduser().is_dir()):
         return
+    if name.startswith("outputs/"):
+        raise UserError(f"model: there is no folder {name!r}; make it first, as the head of the configuration says")
     spelled_as_path = name.startswith((".", "~")) or os.path.isabs(name) or "\\" in name or name.count("/") > 1
     if spelled_as_path or name.endswith("/") or not name:
         raise UserError(

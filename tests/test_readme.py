@@ -11,7 +11,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_tables_agree_with_the_results() -> None:
     assert re.findall(r"<!-- table: (\w+) -->", README), "README.md has no table of results"
-    assert readme_tables.rewritten(README) == README, "run: python recipes/readme_tables.py"
+    assert readme_tables.rewritten(README) == README, "run: python -m recipes.readme_tables"
 
 
 def test_a_changed_number_is_noticed() -> None:

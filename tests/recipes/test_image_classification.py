@@ -395,11 +395,11 @@ def test_digits_are_one_channel_of_eight_pixels(config, monkeypatch):
 
 def test_digits_without_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(UserError, match=r"`digits` comes with scikit-learn: pip install 'hf_sai\[vision\]'"):
+    with pytest.raises(UserError, match=r"`digits` needs the package scikit-learn: pip install scikit-learn"):
         load_images(ImageArguments("digits"), 0)
 
 
-@pytest.mark.skipif(not (DATA / "cifar_like").is_dir(), reason="needs HF_SAI_DATA or ../shared/data")
+@pytest.mark.skipif(not (DATA / "cifar_like").is_dir(), reason="needs HF_SAI_DATA")
 def test_cifar_like():
     data = load_images(ImageArguments(str(DATA / "cifar_like")), 0)
     assert (len(data.train), len(data.validation), data.classes, data.image_size) == (5000, 1000, 10, 32)

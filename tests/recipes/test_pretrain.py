@@ -309,7 +309,7 @@ def test_two_processes_are_one_with_twice_the_batch(config, tmp_path):
             assert other[key] == pytest.approx(mine[key], rel=1e-4)  # of gradients, a difference of losses
 
 
-@pytest.mark.skipif(not (DATA / "tinyshakespeare").is_dir(), reason="needs HF_SAI_DATA or ../shared/data")
+@pytest.mark.skipif(not (DATA / "tinyshakespeare").is_dir(), reason="needs HF_SAI_DATA")
 def test_tiny_shakespeare_command(tmp_path):
     command = [sys.executable, "recipes/gpt2_pretrain.py", "recipes/configs/tiny_shakespeare.yaml"]
     shorter = ["--max_tokens", "61440", "--eval_steps", "15", "--max_eval_blocks", "32"]
