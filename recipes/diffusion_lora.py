@@ -57,6 +57,7 @@ from recipes.diffusion_model import (
 from recipes.diffusion_samples import sample, save_picture
 from recipes.diffusion_source import Source
 from recipes.diffusion_validation import Validation, new_accelerator, track
+from recipes.models import check_model
 from recipes.optimizers import OptimizerArguments, build_optimizer
 from recipes.run_folder import run_folder
 
@@ -176,6 +177,7 @@ def run(config: DiffusionArguments, args: OptimizerArguments) -> dict[str, Any]:
     if config.record:
         check_writable("record", Path(config.record).parent)
     check_schedule(args)
+    check_model(config.model, "model_index.json")
     last = functools.partial(last_checkpoint, Path(config.output_dir))
     with run_folder(config.output_dir, config.resume_from_checkpoint, last, config.overwrite_output_dir) as checkpoint:
         return _run(config, args, Path(checkpoint) if checkpoint else None)

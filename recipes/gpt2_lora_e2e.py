@@ -385,7 +385,8 @@ def save(
     for path in filter(None, (folder / "record.json", config.record)):
         write_json(path, record)
     scores = ", ".join(f"{name} {value:.4f}" for name, value in record["scores"].items())
-    print(f"validation loss {record['eval_loss']:.4f}; {scores}\nadapter, record and plots: {folder}")
+    print(f"validation loss {record['eval_loss']:.4f}{'; ' if scores else ''}{scores}")
+    print(f"adapter, record and plots: {folder}")
 
 
 def run_words(words: Sequence[str] | None = None) -> dict[str, Any]:

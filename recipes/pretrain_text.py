@@ -78,6 +78,11 @@ class Corpus:
         """The documents of `validation_files`."""
         return _file_documents(self.validation_files, self, "validation_files")
 
+    def check_files(self) -> None:
+        """Raise `UserError` for a file that is not there."""
+        for option in ("train_files", "validation_files"):
+            _expand(getattr(self, option), option)
+
     def held_out(self, digest: bytes) -> bool:
         """Whether the document with this digest belongs to validation; equal documents are on the same side."""
         if self.validation_files:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForImageClassification
 
-from recipes import classifier, image_classification, lstm_text
+from recipes import classifier, common, image_classification, lstm_text
 from recipes.classifier import ClassifierArguments, ClassifierTrainer, read_config
 from recipes.common import UserError
 from recipes.image_augment import OPERATIONS, mix, rand_augment, random_resized_crop, shift_and_flip
@@ -590,8 +591,9 @@ def test_small_images_keep_their_size_in_the_stem_of_a_resnet():
     assert weights.std().item() == pytest.approx((2 / (4 * 9)) ** 0.5, rel=0.3)  # Kaiming, fan out, of 108 draws
 
 
-def test_every_configuration_is_read():
-    found = [path for path in CONFIGS if "recipes/image_classification.py" in path.read_text()]
+def test_every_configuration_is_read(monkeypatch):
+    monkeypatch.setattr(common, "expand", lambda value: (value, None))  # the data need not be here
+    found = [path for path in CONFIGS if re.search(r"recipes[./]image_classification", path.read_text())]
     assert len(found) == 6
     for path in found:
         words = [str(path), "--use_cpu", "true"]  # bf16 is refused where there is no GPU, unless that is meant
