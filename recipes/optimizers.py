@@ -85,7 +85,7 @@ class OptimizerArguments:
     )
     optim_args: str | None = field(default=None, metadata={"help": "Comma-separated key=value pairs."})
     learning_rate: float = field(
-        default=1e-3, metadata={"help": "In AdamW's units, for sgd_sai too unless optim_args says scaling=raw."}
+        default=3e-4, metadata={"help": "In AdamW's units, for sgd_sai too unless optim_args says scaling=raw."}
     )
     weight_decay: float = field(default=0.0, metadata={"help": "Not applied to biases and norms."})
     adam_beta1: float = 0.9

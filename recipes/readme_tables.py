@@ -1,4 +1,4 @@
-"""The tables of README.md, rewritten from `recipes/results/*.json`: `python recipes/readme_tables.py [--check]`.
+"""The tables of README.md, rewritten from `recipes/results/*.json`: `python -m recipes.readme_tables [--check]`.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`. With `--check` nothing is written and the exit status
 is 1 if a table does not agree with the results.
