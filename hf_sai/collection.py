@@ -89,10 +89,7 @@ class Collector:
         else:
             grads = [self._local_gradient(group, m) for m in batch.members]
         for m, g in zip(batch.members, grads, strict=True):
-            if g is not None and g.layout is not torch.strided:
-                raise ValueError(
-                    f"SGDSaI needs dense gradients, {m.name} has a sparse one; build its layer with sparse=False"
-                )
+            _check_dense(g, m.name)
         return grads
 
     def _local_gradient(self, group: dict[str, Any], m: Member) -> Tensor | None:
@@ -106,6 +103,8 @@ class Collector:
 
     def _make(self, group: dict[str, Any], groups: Sequence[dict[str, Any]], states: States) -> GroupBatches:
         check_group_params(group)
+        for i, p in enumerate(group["params"]):
+            _check_dense(p.grad, block_name(group, i))
         first = 0
         for other in self.partitions.all_groups(groups):
             if other is group:
@@ -155,6 +154,11 @@ def block_states(
             else:
                 rows += [(index, q, own) for q, own in zip(partition.params, partition.states(state), strict=True)]
     return rows
+
+
+def _check_dense(grad: Tensor | None, name: str) -> None:
+    if grad is not None and grad.layout is not torch.strided:
+        raise ValueError(f"SGDSaI needs dense gradients, {name} has a sparse one; build its layer with sparse=False")
 
 
 def check_group_params(group: dict[str, Any]) -> None:
