@@ -347,9 +347,9 @@ def test_prior_preservation_keeps_the_class(train: Any) -> None:
     made = sorted(folder.glob("prior-*/*"))
     assert [p.name for p in made] == ["00000.png", "00001.png"]
     times = [p.stat().st_mtime_ns for p in made]
-    train(prior_prompt="a photo of dog", prior_images=2)
+    train(prior_prompt="a photo of dog", prior_images=2, overwrite_output_dir=True)
     assert [p.stat().st_mtime_ns for p in made] == times
-    train(prior_prompt="a toy", prior_images=1)  # those of another prompt are others
+    train(prior_prompt="a toy", prior_images=1, overwrite_output_dir=True)  # those of another prompt are others
     assert len(list(folder.glob("prior-*/*"))) == 3
     without, _ = train("without")
     assert record["history"][0]["loss"] != without["history"][0]["loss"]
