@@ -72,9 +72,7 @@ class Contender:
 
 
 CONTENDERS = {
-    "SGD-SaI": Contender("sgd_sai", (1e-4, 3e-4, 1e-3)),
-    "SGD-SaI clip": Contender("sgd_sai", (3e-3, 1e-2, 3e-2), "clip_threshold=1"),
-    "SGD-SaI adamw": Contender("sgd_sai", (1e-4, 3e-4, 1e-3), "scaling=adamw,momentum_init=gradient"),
+    "SGD-SaI": Contender("sgd_sai", (3e-3, 1e-2, 3e-2)),
     "SGD-SaI raw": Contender("sgd_sai", (3.0, 10.0, 30.0), "scaling=raw"),
     "AdamW": Contender("adamw_torch", (3e-3, 1e-2, 3e-2)),
     "scaled AdamW": Contender("scaled_adamw", (3e-3, 1e-2, 3e-2)),
