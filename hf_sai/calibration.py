@@ -5,7 +5,7 @@ scalings is all that its scale needs. Under ``scaling="adamw"`` the scale of a c
 ``v`` is the mean of the channel's ``g^2`` over its first ``WINDOW`` usable gradients, and over those so far within that
 window. Afterwards ``v`` follows slowly: every ``INTERVAL`` steps a gradient counts as one of ``WINDOW``. The channels
 of token rows are measured in every step, and a row without a gradient counts as a zero, because how often a token
-occurs is what its scale has to make up for.
+occurs is what its scale has to make up for. Their scale is ``TOKEN_FACTOR`` times as large.
 
 Nothing here depends on the learning rate, nor, but for ``scaling="max"``, on other blocks.
 """
@@ -31,6 +31,8 @@ WINDOW = 60
 INTERVAL = 10
 # Measurements that the scale of a token row averages.
 TOKEN_WINDOW = 1000
+# How much larger the updates of token rows are than those of other channels: most tokens are rare.
+TOKEN_FACTOR = 4.0
 # What an element of a scaled gradient is bounded by: in units of the root mean square of its channel.
 LIMIT = 10.0
 # Steps after which a block that still has had no usable gradient is named.
@@ -199,7 +201,7 @@ def _measure_channels(due: Sequence[Work]) -> None:
                 if w.kinds[i] == "usable":
                     by_place.setdefault(key, []).append((w.batch.scale[i], x[i], 1.0 / max(1, m.count)))
         for (_, eps), rows in by_place.items():
-            _fold(rows, eps, zeros_count=token_rows)
+            _fold(rows, eps, TOKEN_FACTOR if token_rows else 1.0, zeros_count=token_rows)
 
 
 def _count_tokens(due: Sequence[Work]) -> None:
@@ -246,8 +248,11 @@ def _reduce(due: Sequence[Work], squares: list[Tensor]) -> None:
             squares[sharded[k]] = summed.to(own.device).view_as(own)
 
 
-def _fold(rows: Sequence[tuple[Tensor, Tensor, float]], eps: float, *, zeros_count: bool) -> None:
-    """Average the mean squares of one more gradient into scales; without host synchronisation after the window."""
+def _fold(rows: Sequence[tuple[Tensor, Tensor, float]], eps: float, factor: float, *, zeros_count: bool) -> None:
+    """Average the mean squares of one more gradient into scales ``factor / (root of the average + eps)``.
+
+    There is no host synchronisation where all weights are equal, as they are after the window.
+    """
     scales = [s for s, _, _ in rows]
     old = torch.cat([s.reshape(-1) for s in scales])
     new = torch.cat([x.reshape(-1).to(old.device, torch.float32) for _, x, _ in rows])
@@ -255,13 +260,13 @@ def _fold(rows: Sequence[tuple[Tensor, Tensor, float]], eps: float, *, zeros_cou
     weight: float | Tensor = weights.pop()
     if weights:
         weight = torch.cat([torch.full_like(s, w).reshape(-1) for s, _, w in rows])
-    held = (1.0 / old - eps).square_()  # infinite where nothing is known yet
+    held = (factor / old - eps).square_()  # infinite where nothing is known yet
     average = held + (new - held) * weight
     known = old > 0
     if not zeros_count:
         average = torch.where(new > 0, average, held)
     average = torch.where(known, average, new * weight if zeros_count else new)
-    result = 1.0 / (average.sqrt_() + eps)
+    result = factor / (average.sqrt_() + eps)
     keep = new.isfinite() & ((new > 0) | known) if not zeros_count else new.isfinite()
     result = torch.where(keep, result, old)
     parts = torch.split(result, [s.numel() for s in scales])

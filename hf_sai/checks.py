@@ -85,6 +85,8 @@ def _check_structure(state_dict: Mapping[str, Any]) -> tuple[list[Any], Mapping[
     for number, group in enumerate(groups):
         if not isinstance(group, Mapping) or not isinstance(group.get("params"), list):
             raise ValueError(f"param group {number} of the state dict has no list 'params': {group!r:.80}")
+        if group["params"] and "scaling" not in group:
+            raise ValueError(f"param group {number} of the state dict has no 'scaling': it is not one of SGDSaI's")
     strangers = state.keys() - {key for group in groups for key in group["params"]}
     if strangers:
         raise ValueError(

@@ -14,10 +14,14 @@ import shutil
 import sys
 import sysconfig
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 # Programs of an environment that start Python anew by their own interpreter's `sys.executable`.
 LAUNCHERS = ("accelerate", "deepspeed", "trl", "llamafactory-cli", "axolotl")
+
+# Begins the name of the folder that holds the script.
+_FOLDER = "hf_sai-launch-"
 
 # Interpreter options stay in front. What only keeps multiprocessing's books gets no registration, hence no delay.
 _SCRIPT = """#!/bin/sh
@@ -64,18 +68,16 @@ def register_in_children() -> None:
     It changes ``sys.executable``, the executable of ``multiprocessing`` and the variables ``PATH`` and ``PYTHON_EXEC``,
     which children inherit. A second call does nothing.
     """
-    if os.name != "posix" or not sys.executable or Path(sys.executable).parent.name.startswith(_FOLDER):
+    if os.name != "posix" or not sys.executable or _FOLDER in sys.executable:
         return
     folder = _folder()
     path = os.environ.get("PATH", os.defpath)
     sys.executable = str(folder / "python")
     multiprocessing.set_executable(sys.executable)
-    os.environ.setdefault("PYTHON_EXEC", sys.executable)
+    if _FOLDER in os.environ.get("PYTHON_EXEC", _FOLDER):  # not the user's own
+        os.environ["PYTHON_EXEC"] = sys.executable
     if str(folder / "bin") not in path.split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join([str(folder / "bin"), path])
-
-
-_FOLDER = "launch-"
 
 
 def _folder() -> Path:
@@ -84,9 +86,12 @@ def _folder() -> Path:
     text = _SCRIPT.format(python=shlex.quote(python), scripts=shlex.quote(scripts))
     names = [name for name in ("python", "python3", *LAUNCHERS) if _belongs(name, {os.path.dirname(python), scripts})]
     name = _FOLDER + hashlib.sha256("\n".join([text, *names]).encode()).hexdigest()[:16]
+    inherited = Path(os.environ.get("PYTHON_EXEC", ""))
+    if inherited.parent.name == name and inherited.is_file():
+        return inherited.parent
     try:
-        return _write(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "hf_sai"), name, text, names)
-    except (OSError, RuntimeError):  # a home that cannot be written to, or none
+        return _write(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute(), name, text, names)
+    except (OSError, RuntimeError):  # a home where nothing can be written or run, or none
         return _write(Path(tempfile.mkdtemp(prefix="hf_sai-")), name, text, names)
 
 
@@ -99,21 +104,17 @@ def _belongs(name: str, folders: set[str]) -> bool:
 
 def _write(cache: Path, name: str, text: str, names: list[str]) -> Path:
     folder = cache / name
-    if (folder / "python").is_file():
-        return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".", dir=cache))
-    (scratch / "bin").mkdir()
-    script = scratch / "python"
-    script.write_text(text)
-    script.chmod(0o755)
-    for link in names:
-        (scratch / "bin" / link).symlink_to(Path("..", "python"))
-    scratch.chmod(0o755)
-    try:
-        scratch.rename(folder)
-    except OSError:  # another process was faster
-        shutil.rmtree(scratch)
-        if not (folder / "python").is_file():
-            raise
+    if not (folder / "python").is_file():
+        cache.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{_FOLDER}", dir=cache))
+        (scratch / "bin").mkdir()
+        (scratch / "python").write_text(text)
+        (scratch / "python").chmod(0o755)
+        for link in names:
+            (scratch / "bin" / link).symlink_to(Path("..", "python"))
+        with suppress(OSError):  # another process was faster
+            scratch.rename(folder)
+        shutil.rmtree(scratch, ignore_errors=True)
+    if not os.access(folder / "python", os.X_OK):
+        raise PermissionError(f"{folder / 'python'} cannot be run")
     return folder

@@ -211,7 +211,8 @@ def _matrices(blocks: Blocks) -> Iterator[tuple[Tensor, Tensor, Tensor | None, T
     s = blocks.scale[0].to(blocks.params[0].dtype)
     tensors = [blocks.params[0], blocks.grads[0], *([] if blocks.momentum is None else [blocks.momentum[0]])]
     if not blocks.rows:
-        p, g, *m = (x.view(-1, blocks.columns) for x in tensors)
+        # One scale for all elements: a block of one row would be one piece.
+        p, g, *m = (x.view(-1, blocks.columns if s.numel() > 1 else 1) for x in tensors)
         yield p, g, m[0] if m else None, s.reshape(-1, 1)
         return
     stacks = [x.view(-1, blocks.rows, blocks.columns) for x in tensors]

@@ -1,7 +1,7 @@
 """The benchmark of the step: `cpu` on this machine, within five minutes; `cuda` on a GPU, within nine.
 
-    python recipes/bench_step.py --suite cpu
-    python recipes/bench_step.py --suite cuda
+    python -m recipes.bench_step --suite cpu
+    python -m recipes.bench_step --suite cuda
     python -m recipes.readme_tables            # the tables of README.md and docs, from what was written
 
 `cpu`: GPT-2 124M in float32: the fast optimizers in turn, on all cores (bench_cpu.json) and on one (bench_cpu_1thread),
@@ -20,8 +20,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
 
 from hf_sai.bench.measure import Result, bench
@@ -29,7 +27,7 @@ from hf_sai.bench.report import chart, table, write_json
 from hf_sai.bench.rivals import RIVALS
 from hf_sai.bench.shapes import model
 from recipes import bench_release
-from recipes.common import machine, versions
+from recipes.common import machine, run_main, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -241,4 +239,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

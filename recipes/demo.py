@@ -1,7 +1,7 @@
 """A tour of a few minutes, offline: LoRA on E2E-style data with SGD-SaI beside AdamW, at one learning rate.
 
-    python recipes/demo.py                      # a small set made by our own grammar
-    python recipes/demo.py --data FOLDER        # the real E2E set (official CSV files), bounded steps, same code
+    python -m recipes.demo                      # a small set made by our own grammar
+    python -m recipes.demo --data FOLDER        # the real E2E set (official CSV files), bounded steps, same code
 
 It makes text, pretrains a small GPT-2 on it (tokenizer included), fine-tunes that twice with `gpt2_lora_e2e.py`,
 generates, scores, and writes `report.md` with a table, sentences and plots.

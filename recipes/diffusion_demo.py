@@ -1,6 +1,6 @@
 """Concept LoRA without downloads: SGD-SaI beside AdamW and scaled AdamW, with samples that a program can judge.
 
-    python recipes/diffusion_demo.py
+    python -m recipes.diffusion_demo
 
 Pretrains a small Stable Diffusion on drawings (`diffusion_toy.py`), then teaches it one combination of shape and
 pattern that it never saw, from five drawings bound to the token `<V>`, by `diffusion_lora.py` with each optimizer at
@@ -8,12 +8,12 @@ several learning rates. Then `<V>` is asked for in colours and places in which t
 Writes the table to `output_dir/record.json` and the pictures to `output_dir/grid.png`; a second start makes only what
 is not there or no longer true (other settings, another optimizer). What README.md shows is from
 
-    python recipes/diffusion_demo.py --record recipes/results/diffusion_demo.json \\
+    python -m recipes.diffusion_demo --record recipes/results/diffusion_demo.json \\
         --grid recipes/results/diffusion_demo.png
 
 With a GPU, larger (not run by us yet):
 
-    python recipes/diffusion_demo.py --output_dir outputs/demo64 --size 64 --channels 64 128 128 256 256 \\
+    python -m recipes.diffusion_demo --output_dir outputs/demo64 --size 64 --channels 64 128 128 256 256 \\
         --pretrain_batch_size 64 --pretrain_steps 20000 --lora_steps 300
 """
 
@@ -39,6 +39,7 @@ from recipes.common import (
     public_settings,
     run_main,
     run_record,
+    start_logging,
     write_json,
     write_text,
 )
@@ -348,7 +349,7 @@ def demo(config: DemoArguments) -> dict[str, Any]:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    start_logging(logging.WARNING)
     [config] = parse_config([DemoArguments], description=__doc__)
     # So small a model gains nothing from a second thread, and loses most of its time where other work holds a core:
     # threads that wait for one another spin.

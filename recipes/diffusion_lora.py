@@ -1,6 +1,6 @@
 """LoRA fine-tuning of Stable Diffusion on a visual concept, with a new token for it (section 5.3.2 of the paper).
 
-    python recipes/diffusion_lora.py --data photos/ --concept_init dog --validation_prompts "a pencil sketch of <V>"
+    python -m recipes.diffusion_lora --data photos/ --concept_init dog --validation_prompts "a pencil sketch of <V>"
     accelerate launch --config_file accelerate_configs/ddp.yaml recipes/diffusion_lora.py --config ...
 
 Writes to `output_dir`: `lora/` (for `load_lora_weights` and `load_textual_inversion`, with a model card), `samples/`
@@ -32,6 +32,7 @@ from recipes.common import (
     public_settings,
     run_main,
     run_record,
+    start_logging,
     write_json,
     write_text,
 )
@@ -56,6 +57,7 @@ from recipes.diffusion_model import (
 from recipes.diffusion_samples import sample, save_picture
 from recipes.diffusion_source import Source
 from recipes.diffusion_validation import Validation, new_accelerator, track
+from recipes.models import check_model
 from recipes.optimizers import OptimizerArguments, build_optimizer
 from recipes.run_folder import run_folder
 
@@ -175,6 +177,7 @@ def run(config: DiffusionArguments, args: OptimizerArguments) -> dict[str, Any]:
     if config.record:
         check_writable("record", Path(config.record).parent)
     check_schedule(args)
+    check_model(config.model, "model_index.json")
     last = functools.partial(last_checkpoint, Path(config.output_dir))
     with run_folder(config.output_dir, config.resume_from_checkpoint, last, config.overwrite_output_dir) as checkpoint:
         return _run(config, args, Path(checkpoint) if checkpoint else None)
@@ -354,7 +357,7 @@ def in_one_piece(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    start_logging()
     config, args = parse_config([DiffusionArguments, OptimizerArguments], description=__doc__)
     run(config, args)
 

@@ -1,6 +1,6 @@
 """LoRA fine-tuning of a GPT-2 on the E2E set, then generation and the five scores (Table 4 of the paper).
 
-    python recipes/gpt2_lora_e2e.py --config recipes/configs/gpt2_medium_sgd_sai.yaml
+    python -m recipes.gpt2_lora_e2e --config recipes/configs/gpt2_medium_sgd_sai.yaml
     accelerate launch --config_file accelerate_configs/ddp.yaml recipes/gpt2_lora_e2e.py --config ... --optim sgdm
 
 Writes to `output_dir`: `adapter/` (PEFT format, with a model card), `record.json`, `predictions.tsv`, `losses.png`,
@@ -46,6 +46,7 @@ from recipes.common import (
     parse_config,
     run_main,
     run_record,
+    start_logging,
     write_json,
     write_text,
 )
@@ -382,7 +383,8 @@ def save(
     for path in filter(None, (folder / "record.json", config.record)):
         write_json(path, record)
     scores = ", ".join(f"{name} {value:.4f}" for name, value in record["scores"].items())
-    print(f"validation loss {record['eval_loss']:.4f}; {scores}\nadapter, record and plots: {folder}")
+    print(f"validation loss {record['eval_loss']:.4f}{'; ' if scores else ''}{scores}")
+    print(f"adapter, record and plots: {folder}")
 
 
 def run_words(words: Sequence[str] | None = None) -> dict[str, Any]:
@@ -392,7 +394,7 @@ def run_words(words: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    start_logging()
     run_words()
 
 

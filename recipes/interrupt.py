@@ -123,6 +123,17 @@ def guarded(main: Callable[[], Any]) -> Any:
             os.close(writes)
 
 
+def while_importing() -> None:
+    """Until `guarded` runs: Ctrl-C ends a program that still imports its libraries, in one line."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        _say()
+        os._exit(EXIT_STATUS)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, interrupt)
+
+
 def worker_start() -> None:
     """In a new worker process: leave Ctrl-C to the parent, and end when the parent is gone, which may be killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

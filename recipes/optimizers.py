@@ -58,7 +58,9 @@ def meaning(optim: str, optim_args: Any = None) -> dict[str, Any]:
         if p.default is not p.empty and name not in ("lr", "weight_decay")
     }
     hyper = {name: str(value) for name, value in (defaults | parse_optim_args(optim_args)).items()}
-    rule = {name: getattr(calibration, name) for name in ("WINDOW", "INTERVAL", "TOKEN_WINDOW", "LIMIT")}
+    rule = {
+        name: getattr(calibration, name) for name in ("WINDOW", "INTERVAL", "TOKEN_WINDOW", "TOKEN_FACTOR", "LIMIT")
+    }
     return {"optim": optim, **hyper, **(rule if hyper["scaling"] == "adamw" else {})}
 
 
@@ -103,7 +105,7 @@ class OptimizerArguments:
     )
     optim_args: str | None = field(default=None, metadata={"help": "Comma-separated key=value pairs."})
     learning_rate: float = field(
-        default=1e-3, metadata={"help": "In AdamW's units, for sgd_sai too unless optim_args says scaling=raw."}
+        default=3e-4, metadata={"help": "In AdamW's units, for sgd_sai too unless optim_args says scaling=raw."}
     )
     weight_decay: float = field(default=0.0, metadata={"help": "Not applied to biases and norms."})
     adam_beta1: float = 0.9

@@ -62,6 +62,25 @@ def model_flops_per_token(config: Any, block_size: int) -> int:
     return int(6 * matrices + 12 * config.n_layer * config.n_embd * block_size)
 
 
+def _flops_per_token(model: Any, block_size: int) -> int:
+    """`model_flops_per_token` of a GPT-2; the same count from the weights of any other model."""
+    config = model.config
+    if config.model_type == "gpt2":
+        return model_flops_per_token(config, block_size)
+    matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)  # tied embeddings once: as the output
+    if not config.tie_word_embeddings:
+        matrices -= model.get_input_embeddings().weight.numel()
+    return 6 * matrices + 12 * config.num_hidden_layers * config.hidden_size * block_size
+
+
+def summary(record: Mapping[str, Any]) -> str:
+    """One line for the end of a run on the command line."""
+    final, seconds = record["final"], record["train_seconds"]
+    parts = [f"{name.replace('_', ' ')} {final[name]:.4f}" for name in ("eval_loss", "train_loss") if final.get(name)]
+    parts += [f"{record['steps']} steps, {record['tokens']:,} tokens, {seconds} s"]
+    return f"{label(record)}: {', '.join(parts).replace('eval', 'validation')}{', DIVERGED' * record['diverged']}"
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """The most memory this process held: allocated on the GPU, or resident on the CPU."""
     if device.type == "cuda":
@@ -102,7 +121,7 @@ def build_record(trainer: Any, corpus: Any, options: Any, data: dict[str, Any]) 
     if timing["steps_timed"]:
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         peak, source = matmul_peak(args.device, dtype)
-        flops = model_flops_per_token(model.config, options.block_size)
+        flops = _flops_per_token(model, options.block_size)
         rate = 1000 * trainer.tokens_per_step / timing["step_ms"]
         speed |= {
             "tokens_per_second": round(rate, 1),

@@ -1,4 +1,4 @@
-"""A grid of runs, then the best of each at length: `python recipes/sweep.py FILE.yaml [--report]`.
+"""A grid of runs, then the best of each at length: `python -m recipes.sweep FILE.yaml [--report]`.
 
 The file names a recipe (`recipe`), its configuration (`base`), options that all runs share (`options`), the grid
 (`grid`: option -> values) and the optimizers (`runs`: name -> their `options`, and a `grid` of their own where the
@@ -328,7 +328,7 @@ def report(sweep: Sweep, file: str) -> dict[str, Any]:
     runs = finals(sweep, grid)
     content = {
         "sweep": Path(file).name,
-        "command": f"python recipes/sweep.py recipes/configs/{Path(file).name}",
+        "command": f"python -m recipes.sweep recipes/configs/{Path(file).name}",
         "recipe": sweep.recipe,
         "base": Path(sweep.base).name,
         "base_options": {k: v for k, v in read_yaml(sweep.base).items() if not _is_path(v)},

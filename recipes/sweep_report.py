@@ -1,6 +1,6 @@
 """Figures of a sweep: the metric over the learning rate, heat maps, how it is spread over the grid; state against loss.
 
-    python recipes/sweep_report.py RESULTS.json ... --output FIGURE.png
+    python -m recipes.sweep_report RESULTS.json ... --output FIGURE.png
 
 puts several sweeps in one figure of optimizer state bytes against the best value (the Pareto front is drawn).
 """

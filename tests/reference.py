@@ -30,7 +30,7 @@ class Reference:
         t = self.count if usable and early and self.count < 60 else None
         weight = 1 - self.momentum if t is None else (1 - self.momentum) / (1 - self.momentum**t)
         u = (g / (self.v.sqrt() + 1e-8)).view_as(self.p)
-        u = u if self.token_rows else u.clamp(-10, 10)
+        u = 4 * u if self.token_rows else u.clamp(-10, 10)
         self.m += weight * (u - self.m)
         self.p *= 1 - self.lr * self.weight_decay
         self.p -= self.lr * self.m

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -271,3 +273,48 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 
     main(["--help"])
     assert "accelerate launch -m hf_sai.launch sft.py --optim sgd_sai" in capsys.readouterr().out
+
+
+def test_the_script_is_written_once_also_where_there_is_no_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import multiprocessing
+
+    from hf_sai.children import register_in_children
+
+    real, path = sys.executable, os.environ["PATH"]
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # where no folder can be made
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("PATH", os.pathsep.join([os.path.dirname(real), path]))
+    monkeypatch.delenv("PYTHON_EXEC", raising=False)
+    monkeypatch.setattr(sys, "executable", real)
+    try:
+        register_in_children()
+        first, on_path = sys.executable, shutil.which("python")
+        assert os.access(first, os.X_OK)
+        assert first == os.environ["PYTHON_EXEC"] == os.fsdecode(multiprocessing.spawn.get_executable())
+        assert on_path is not None
+        assert os.path.realpath(on_path) == os.path.realpath(first)
+        register_in_children()
+        assert sys.executable == first
+        monkeypatch.setattr(sys, "executable", real)  # as in a child
+        searched = os.environ["PATH"]
+        register_in_children()
+        assert (sys.executable, os.environ["PATH"]) == (first, searched)
+        assert len(list(tmp_path.iterdir())) == 2
+    finally:
+        multiprocessing.set_executable(real)
+
+
+def test_the_command_is_the_module(capsys: pytest.CaptureFixture[str]) -> None:
+    from hf_sai.cli import main as command
+    from hf_sai.launch import main
+
+    main(["--help"])
+    wanted = capsys.readouterr().out
+    assert command(["launch", "--help"]) == 0
+    assert capsys.readouterr().out == wanted
+    with pytest.raises(SystemExit):
+        command(["--help"])
+    assert "optim='sgd_sai' is valid" in capsys.readouterr().out

@@ -16,7 +16,7 @@ from ways import QUIET
 
 from hf_sai import SGDSaI, create_sgd_sai, gsnr_table, sgd_sai_from_args
 
-trl = pytest.importorskip("trl", reason="TRL is not installed: pip install 'hf_sai[trl]'")
+trl = pytest.importorskip("trl", reason="TRL is not installed: pip install trl")
 from datasets import Dataset  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 

@@ -15,6 +15,8 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler
 
 from recipes.common import UserError
+from recipes.diffusion_card import model_card
+from recipes.diffusion_config import DiffusionArguments
 from recipes.diffusion_data import ConceptImages, Example, SampleNumbers, load_examples, open_image, read_hub
 from recipes.diffusion_demo import TOKEN, unseen, write_concept
 from recipes.diffusion_loss import LossByTimestep, draw_noise, min_snr_weights, target_of
@@ -301,3 +303,16 @@ def test_clip_scores(tmp_path: Path) -> None:
     assert not math.isnan(found["clip_text"])
     with pytest.raises(UserError, match="clip_model: could not load"):
         ClipScorer(str(tmp_path / "none"))
+
+
+def test_a_card_on_a_local_base_names_no_model_of_the_hub(tmp_path: Path) -> None:
+    record = {"config": {"model": "base", "optim": "sgd_sai", "learning_rate": 0.1, "weight_decay": 0.0}, "scores": {}}
+    record |= {"captions": ["<V>"], "images": 1, "steps": 1, "samples_per_step": 1, "text_encoders": 1, "versions": {}}
+    cards = [
+        model_card(record, DiffusionArguments(data="x", concept_init=["dog"], model=name), None)
+        for name in (str(tmp_path), "owner/base")
+    ]
+    assert [card.data.base_model for card in cards] == [None, "base"]
+    assert "| base model | base (a local folder) |" in cards[0].text
+    assert 'from_pretrained("FOLDER OF THE BASE")' in cards[0].text
+    assert 'from_pretrained("base")' in cards[1].text

@@ -159,12 +159,20 @@ def test_scores_are_those_of_the_predictions_file(
     }
 
 
-def test_without_generation_a_run_only_trains_and_validates(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_without_generation_a_run_only_trains_and_validates(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The loss is that of the run with texts; unknown scores do not matter where none is taken."""
     config, args = settings(folders, tmp_path / "a", max_test_mrs=2)
     whole = run(config, args)
     config, args = settings(folders, tmp_path / "b", generate=False, metrics=["nothing"])
+    capsys.readouterr()
     record = run(config, args)
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2:] == [
+        f"validation loss {record['eval_loss']:.4f}",
+        f"adapter, record and plots: {tmp_path / 'b'}",
+    ]
     assert record["eval_loss"] == whole["eval_loss"]
     assert (record["scores"], record["test_mrs"], record["diverged"]) == ({}, 0, False)
     assert (tmp_path / "b" / "adapter" / "adapter_model.safetensors").exists()

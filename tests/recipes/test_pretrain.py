@@ -309,7 +309,7 @@ def test_two_processes_are_one_with_twice_the_batch(config, tmp_path):
             assert other[key] == pytest.approx(mine[key], rel=1e-3)  # of gradients; the record has six digits
 
 
-@pytest.mark.skipif(not (DATA / "tinyshakespeare").is_dir(), reason="needs HF_SAI_DATA or ../shared/data")
+@pytest.mark.skipif(not (DATA / "tinyshakespeare").is_dir(), reason="needs HF_SAI_DATA")
 def test_tiny_shakespeare_command(tmp_path):
     command = [sys.executable, "recipes/gpt2_pretrain.py", "recipes/configs/tiny_shakespeare.yaml"]
     shorter = ["--max_tokens", "61440", "--eval_steps", "15", "--max_eval_blocks", "32"]
@@ -319,3 +319,35 @@ def test_tiny_shakespeare_command(tmp_path):
     record = record_of(tmp_path / "run")
     assert record["steps"] == 30
     assert record["final"]["eval_loss"] < math.log(2048) - 0.5  # well below the uniform distribution
+
+
+def test_a_given_model_is_trained_on_and_the_run_ends_with_its_results(config, tmp_path, capsys):
+    """The first loss is the last one of the run before, up to what one batch differs; the size options are refused."""
+    base = pretrain({**config, "output_dir": str(tmp_path / "base"), "max_steps": 60})
+    fresh = {key: value for key, value in config.items() if not key.startswith("n_") and key != "tokenizer"}
+    given = {**fresh, "n_positions": 32, "model": str(base), "max_steps": 2}
+    capsys.readouterr()
+    record = record_of(pretrain({**given, "output_dir": str(tmp_path / "on")}))
+    said = capsys.readouterr().out.splitlines()
+    final = record["final"]
+    losses = f"validation loss {final['eval_loss']:.4f}, train loss {final['train_loss']:.4f}"
+    assert said[-2].endswith(f": {losses}, 2 steps, 256 tokens, {record['train_seconds']} s")
+    assert said[-1] == f"model, record and curves: {tmp_path / 'on'}"
+    assert record["curves"]["train"][0]["loss"] < record_of(base)["curves"]["train"][0]["loss"] - 0.5
+    assert (record["data"]["base_model"], record["data"]["base_weights"]) == (None, None)
+    before, after = weights(base), weights(tmp_path / "on")
+    assert before.keys() == after.keys()
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+    with pytest.raises(UserError, match="n_layer is for fresh weights; leave it out with `model`"):
+        read_config({**given, "n_layer": 2})
+    with pytest.raises(UserError, match=r"model: there is no folder '\./nosuch'"):
+        read_config({**given, "model": "./nosuch"})
+
+
+def test_files_are_looked_at_before_the_hub_is_asked(config, monkeypatch):
+    def asked(*args, **kwargs):
+        raise AssertionError("asked the hub for a tokenizer")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", asked)
+    with pytest.raises(UserError, match=r"train_files: no file at 'nosuch\.txt'"):
+        pretrain({**config, "tokenizer": "gpt2", "train_files": ["nosuch.txt"]})

@@ -322,7 +322,7 @@ def test_empty_validation_split_is_refused(tmp_path, jsonl, tokenizer):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (DATA / "pretrain").is_dir(), reason="needs HF_SAI_DATA or ../shared/data")
+@pytest.mark.skipif(not (DATA / "pretrain").is_dir(), reason="needs HF_SAI_DATA")
 @pytest.mark.timeout(900)
 def test_188_megabytes_in_bounded_memory(tmp_path):
     code = f"""

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes import smollm2
@@ -288,6 +290,24 @@ def test_the_lora_recipe_trains_on_it_and_its_card_says_which_weights(cache: Pat
     assert "| base weights | 4 bits a weight" in card.text
     with open(output / "predictions.tsv", encoding="utf-8", newline="") as file:
         assert len(list(csv.DictReader(file, delimiter="\t"))) == 2
+
+
+def test_the_pretraining_recipe_trains_all_of_it(cache: Path, tmp_path: Path) -> None:
+    from recipes.gpt2_pretrain import pretrain
+
+    (tmp_path / "text.txt").write_text("some text\n\n" * 400)
+    options = {"train_files": [str(tmp_path / "text.txt")], "validation_fraction": 0, "cache_dir": str(tmp_path / "c")}
+    options |= {"block_size": 32, "max_steps": 3, "save_strategy": "no", "use_cpu": True, "bf16": False}
+    folder = pretrain({**options, "model": "smollm2", "output_dir": str(tmp_path / "out"), "learning_rate": 1e-2})
+    record = json.loads((folder / "record.json").read_text())
+    assert record["data"]["base_weights"].startswith("4 bits a weight")
+    before, after = (load_file(path / "model.safetensors") for path in (smollm2.smollm2_folder(), folder))
+    assert before.keys() == after.keys()
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+    vocabulary = len(AutoTokenizer.from_pretrained(folder))
+    layer = 2 * WIDTH * WIDTH + 2 * WIDTH * WIDTH // 2 + 3 * WIDTH * HIDDEN
+    wanted = 6 * (LAYERS * layer + vocabulary * WIDTH) + 12 * LAYERS * WIDTH * 32
+    assert record["speed"]["model_flops_per_token"] == wanted
 
 
 def test_by_name_it_loads_as_any_model(cache: Path) -> None:

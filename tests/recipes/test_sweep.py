@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from hf_sai import SGDSaI
-from recipes import optimizers
+from recipes import common, optimizers
 from recipes import sweep as engine
 from recipes.classifier import ClassifierArguments
 from recipes.common import UserError, parse_config, write_json
@@ -254,6 +254,7 @@ SWEEPS = [path for path in sorted(CONFIGS.glob("*.yaml")) if "\nruns:" in path.r
 def test_every_shipped_sweep_plans_runs_that_its_recipe_takes(path: Path, tmp_path: Path, monkeypatch):
     """Each run's options, of the grid and of the runs at length, pass the recipe's own checks."""
     monkeypatch.chdir(CONFIGS.parents[1])
+    monkeypatch.setattr(common, "expand", lambda value: (value, None))  # the data need not be here
     sweep = Sweep.read(path)
     assert path.stem in sweep.results
     runs = planned(sweep)
