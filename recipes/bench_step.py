@@ -1,14 +1,14 @@
-"""The benchmark of the README: `cpu` on this machine, within five minutes; `cuda` on a GPU, within nine.
+"""The benchmark of the step: `cpu` on this machine, within five minutes; `cuda` on a GPU, within nine.
 
     python -m recipes.bench_step --suite cpu
     python -m recipes.bench_step --suite cuda
-    python -m recipes.readme_tables            # README's tables, from what was written
+    python -m recipes.readme_tables            # the tables of README.md and docs, from what was written
 
 `cpu`: GPT-2 124M in float32: the fast optimizers in turn, on all cores (bench_cpu.json) and on one (bench_cpu_1thread),
 then the slow ones on all cores. `cuda`: the tests of tests/cuda, which configuration of the kernel is fastest, then
 GPT-2 XL in float32 and bfloat16, a LoRA set, both ViTs, Llama-2 7B's shapes in bfloat16, and full fine-tuning of the
 latter with gradient release (recipes/bench_release.py). Parts for which no time is left are marked.
-Results are written to recipes/results/bench_*.json and .png; a short table of what the README claims comes last.
+Results are written to recipes/results/bench_*.json and .png; a short table of the targets comes last.
 """
 
 import argparse
@@ -78,7 +78,7 @@ _SUITES: dict[str, list[Part]] = {
 }
 # Begin nothing new after so many seconds.
 _SECONDS = {"cpu": 270.0, "cuda": 530.0}
-# What the README claims: (model, dtype, row, divided by, at most).
+# The targets: (model, dtype, row, divided by, at most).
 _CLAIMS = {
     "cpu": [
         ("gpt2", "float32", "sgd_sai", "adamw_fused", 1.05),

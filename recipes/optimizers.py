@@ -18,8 +18,9 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.training_args import OptimizerNames
 
+from hf_sai import SGDSaI, calibration
 from hf_sai.from_args import sgd_sai_from_args
-from hf_sai.optim_args import normalize_optim_args
+from hf_sai.optim_args import normalize_optim_args, parse_optim_args
 from recipes.common import UserError, did_you_mean
 from recipes.run_folder import HELP as RESUME_HELP
 from recipes.run_folder import OVERWRITE_HELP
@@ -42,6 +43,25 @@ def check_optimizer_name(name: str) -> str | OptimizerNames:
         known = sorted({*OWN_OPTIMIZERS, *stock})
         raise UserError(f"optim: unknown optimizer {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
     return OptimizerNames(name)
+
+
+def meaning(optim: str, optim_args: Any = None) -> dict[str, Any]:
+    """What these two options mean in this version of the code: a changed default or constant of SGD-SaI changes it.
+
+    The learning rate and the weight decay are options of their own and not part of it.
+    """
+    if optim != "sgd_sai":
+        return {"optim": optim, "optim_args": optim_args}
+    defaults = {
+        name: p.default
+        for name, p in inspect.signature(SGDSaI).parameters.items()
+        if p.default is not p.empty and name not in ("lr", "weight_decay")
+    }
+    hyper = {name: str(value) for name, value in (defaults | parse_optim_args(optim_args)).items()}
+    rule = {
+        name: getattr(calibration, name) for name in ("WINDOW", "INTERVAL", "TOKEN_WINDOW", "TOKEN_FACTOR", "LIMIT")
+    }
+    return {"optim": optim, **hyper, **(rule if hyper["scaling"] == "adamw" else {})}
 
 
 def _or_user_error(function: Callable[..., Any], *values: Any) -> Any:
