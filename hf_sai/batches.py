@@ -16,6 +16,8 @@ from hf_sai.channels import Channels, channel_index, channels, matrix_layout
 from hf_sai.kernels import Blocks
 from hf_sai.shards import Segment, is_sharded, to_local
 
+# Entries of the state whose tensors the batches hold.
+_HELD = ("momentum_buffer", "momentum_scale", "scale", "rounding_step")
 # Elements of the largest block whose state is stacked.
 _SMALL = 1 << 16
 # Elements of the largest batch of several blocks.
@@ -158,6 +160,9 @@ class GroupBatches:
     Attributes:
         batches: of all parameters with state.
         at: for the index of a parameter with state, its blocks as batches of one; several for a partition.
+        members: of all batches, in order.
+        is_plain: whether none of them is sharded.
+        fused: what the fused path has made of them (see :class:`hf_sai.fused.FusedBlocks`).
     """
 
     def __init__(self, group: dict[str, Any], members: Iterable[Member], idle: list[Tensor]) -> None:
@@ -173,11 +178,20 @@ class GroupBatches:
         for batch in self.batches:
             for m, single in zip(batch.members, batch.singles(), strict=True):
                 self.at.setdefault(m.index, []).append(single)
+        self.members = [m for b in self.batches for m in b.members]
+        self.is_plain = all(b.is_plain for b in self.batches)
+        self.fused: Any = None
+        self._settled = False
         self._params, self._idle, self._options = list(group["params"]), idle, layout_options(group)
         self._plain = [(m.param, b.dtype) for b in self.batches for m in b.members if isinstance(m.param, Parameter)]
         own = [m for b in self.batches for m in b.members if not isinstance(m.param, Segment)]
         self._states = [(m.param, m.state) for m in own]
-        self._held = [(m.state.get, key, m.state.get(key)) for m in own for key in ("momentum_buffer", "scale")]
+        self._held = [(m.state.get, key, m.state.get(key)) for m in own for key in _HELD if key in m.state]
+
+    def is_settled(self, window: int) -> bool:
+        """Whether no block is early any more."""
+        self._settled = self._settled or not any(b.is_early(window) for b in self.batches)
+        return self._settled
 
     def is_current(self, group: dict[str, Any], states: Any) -> bool:
         """Whether the parameters, the options and the state are those that the batches were made from."""

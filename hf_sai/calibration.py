@@ -14,7 +14,7 @@ import logging
 import math
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -176,7 +176,12 @@ def _statistics(pairs: Sequence[tuple[Work, int]]) -> list[BlockStatistics]:
 
 def is_due(w: Work) -> bool:
     """Whether the channels of a batch are measured in this step; the same on every process."""
-    return w.group["token_rows"] or (w.group["step"] + 1) % INTERVAL == 0 or w.batch.is_early(WINDOW)
+    return measures(w.group) or w.batch.is_early(WINDOW)
+
+
+def measures(group: Mapping[str, Any]) -> bool:
+    """Whether the channels of all blocks of a group are measured in this step."""
+    return bool(group["token_rows"] or (group["step"] + 1) % INTERVAL == 0)
 
 
 def _measure_channels(due: Sequence[Work]) -> None:

@@ -7,14 +7,15 @@ child does the same for its own children.
 """
 
 import hashlib
-import multiprocessing
+import multiprocessing.spawn
 import os
 import shlex
 import shutil
 import sys
 import sysconfig
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # Programs of an environment that start Python anew by their own interpreter's `sys.executable`.
@@ -62,22 +63,35 @@ exec {python} "$@"
 """
 
 
-def register_in_children() -> None:
-    """Have every Python that this process starts begin with :mod:`hf_sai.launch`. On Windows it does nothing.
+@contextmanager
+def registered_children() -> Iterator[None]:
+    """Have every Python that this process starts meanwhile begin with :mod:`hf_sai.launch`. Not on Windows.
 
     It changes ``sys.executable``, the executable of ``multiprocessing`` and the variables ``PATH`` and ``PYTHON_EXEC``,
-    which children inherit. A second call does nothing.
+    which children inherit, and puts them back at the end.
     """
     if os.name != "posix" or not sys.executable or _FOLDER in sys.executable:
+        yield
         return
-    folder = _folder()
-    path = os.environ.get("PATH", os.defpath)
+    python, spawned = sys.executable, multiprocessing.spawn.get_executable()
+    variables = {name: os.environ.get(name) for name in ("PATH", "PYTHON_EXEC")}
+    folder, path = _folder(), variables["PATH"] or os.defpath
     sys.executable = str(folder / "python")
     multiprocessing.set_executable(sys.executable)
-    if _FOLDER in os.environ.get("PYTHON_EXEC", _FOLDER):  # not the user's own
+    if _FOLDER in (variables["PYTHON_EXEC"] or _FOLDER):  # not the user's own
         os.environ["PYTHON_EXEC"] = sys.executable
     if str(folder / "bin") not in path.split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join([str(folder / "bin"), path])
+    try:
+        yield
+    finally:
+        sys.executable = python
+        multiprocessing.set_executable(spawned)
+        for name, value in variables.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _folder() -> Path:

@@ -53,24 +53,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         known = f"hf_sai.launch: cannot open script {name!r}: there is no such file, and no such command on PATH\n"
         raise _refusal(USAGE if name.startswith("-") else known + USAGE)
 
-    from hf_sai.children import register_in_children
+    from hf_sai.children import registered_children
     from hf_sai.registration import register
 
-    register_in_children()
-    if not (option or name == "-" or _is_python(path, installed=path != name)):
-        os.execv(path, target)
-    register()
-    if option == "-m":
-        sys.argv[:] = target
-        _set_first_path(os.getcwd())
-        runpy.run_module(name, run_name="__main__", alter_sys=True)
-    elif option == "-c" or name == "-":
-        sys.argv[:] = [option or name, *target[1:]]
-        _set_first_path("")
-        _run(compile(name if option else sys.stdin.read(), "<string>" if option else "<stdin>", "exec"))
-    else:
-        sys.argv[:] = [path, *target[1:]]
-        run_script(path)
+    with registered_children():
+        if not (option or name == "-" or _is_python(path, installed=path != name)):
+            os.execv(path, target)
+        register()
+        if option == "-m":
+            sys.argv[:] = target
+            _set_first_path(os.getcwd())
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
+        elif option == "-c" or name == "-":
+            sys.argv[:] = [option or name, *target[1:]]
+            _set_first_path("")
+            _run(compile(name if option else sys.stdin.read(), "<string>" if option else "<stdin>", "exec"))
+        else:
+            sys.argv[:] = [path, *target[1:]]
+            run_script(path)
 
 
 def _is_python(path: str, *, installed: bool) -> bool:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from hf_sai.batches import State
 from hf_sai.calibration import Calibration, Work
 from hf_sai.checks import check_state_dict
-from hf_sai.collection import Collector, block_states, check_group_params, largest_gsnr, update
+from hf_sai.collection import Collector, Prepared, block_states, check_group_params, largest_gsnr, update
 from hf_sai.options import check_group
 from hf_sai.state import restore
 from hf_sai.zero import Partitions
@@ -212,8 +212,9 @@ class SGDSaI(Optimizer):
         self._partitions.forget()
         return loss
 
-    def _run(self, work: Sequence[Work]) -> None:
-        self._calibration.run(work, partial(largest_gsnr, self.param_groups, self.state))
+    def _run(self, work: Sequence[Work | Prepared]) -> None:
+        measured = [w for w in work if isinstance(w, Work)]
+        self._calibration.run(measured, partial(largest_gsnr, self.param_groups, self.state))
         update(work)
 
     def _step_parameter(self, group_index: int, index: int) -> None:

@@ -63,7 +63,8 @@ def check_group(group: Mapping[str, Any]) -> None:
     _check_number("weight_decay", group["weight_decay"])
     scaling = group["scaling"]
     if scaling not in SCALINGS:
-        successor = f"; {scaling!r} is now {_GONE_SCALINGS[scaling]}" if scaling in _GONE_SCALINGS else ""
+        instead = _GONE_SCALINGS.get(str(scaling))
+        successor = f"; {scaling!r} is now {instead}" if instead else ""
         raise ValueError(f"scaling must be one of {', '.join(map(repr, SCALINGS))}, got {scaling!r}{successor}")
     for name in ("maximize", "stochastic_rounding", "token_rows"):
         if not isinstance(group[name], bool):

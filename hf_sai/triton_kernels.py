@@ -66,7 +66,9 @@ def _update_piece(
     first,
     numel,
     columns,
-    rows_of_matrix,
+    kind,
+    first_row,
+    column,
     key,
     decay,
     lr,
@@ -93,21 +95,26 @@ def _update_piece(
 
     p = tl.load(p_ptr + offsets, mask=mask, other=other).to(tl.float32)
     g = tl.load(g_ptr + offsets, mask=mask, other=other).to(tl.float32)
-    if rows_of_matrix < 0:
+    if kind == -1:  # one scale for the block
         g = g * tl.load(scale_ptr)
     else:
-        # Only the first element needs 64 bits: the others are less than a piece away.
-        narrow = columns.to(tl.int32)
-        column = (first % columns).to(tl.int32) + offsets
-        row = column // narrow
-        column = column - row * narrow
-        first_row = first // columns
-        if rows_of_matrix > 0:
-            row = (first_row % rows_of_matrix).to(tl.int32) + row
-            matrix = first_row // rows_of_matrix + row // rows_of_matrix.to(tl.int32)
-            channel = matrix * columns + column
+        # Only the first element of a tile needs 64 bits: the others are less than a tile away.
+        row = column // columns  # of the first element of the piece, counted from the tile's
+        column = column - row * columns + offsets
+        if columns >= PIECE:  # a piece is in two rows at most
+            wraps = column >= columns
+            column = tl.where(wraps, column - columns, column)
+            row = row + wraps.to(tl.int32)
         else:
+            row = row + column // columns
+            column = column % columns
+        if kind == 0:  # a row is a channel
             channel = first_row + row
+        elif kind == -2:  # a column is a channel
+            channel = column.to(tl.int64)
+        else:  # a column of one of several matrices of `kind` rows
+            row = (first_row % kind).to(tl.int32) + row
+            channel = (first_row // kind + row // kind) * columns + column
         g = g * tl.load(scale_ptr + channel, mask=mask, other=other)
     if LIMITED:  # NaN stays NaN
         g = tl.where(g > limit, limit, g)
@@ -153,7 +160,8 @@ def _pointer(row_ptr, column: tl.constexpr, dtype: tl.constexpr, offset, ALIGNED
 
 @triton.jit
 def update_kernel(
-    table_ptr,  # (blocks, 10): addresses of p, g, m, its int8 scales, scale and counter; elements; seed; columns; rows
+    table_ptr,  # (blocks, 10): addresses of p, g, m, its int8 scales, scale and counter; elements; seed;
+    # length of a row; how a channel is found
     tiles_ptr,  # (programs, 2): the block of a program and which of its tiles
     lr_ptr,
     lr,
@@ -188,8 +196,12 @@ def update_kernel(
         if INT8:
             code_scale_ptr = _pointer(row_ptr, 3, tl.float32, begin // _CODE_BLOCK, ALIGNED)
     scale_ptr = tl.load(row_ptr + 4).to(tl.pointer_type(tl.float32))
+    # A block with one scale may have more columns than 32 bits count; then they are not used.
     columns = tl.load(row_ptr + 8)
-    rows = tl.load(row_ptr + 9)
+    kind = tl.load(row_ptr + 9).to(tl.int32)
+    first_row = begin // columns
+    column = (begin - first_row * columns).to(tl.int32)
+    columns = columns.to(tl.int32)
     if INT8 or STOCHASTIC:
         counter = tl.load(tl.load(row_ptr + 5).to(tl.pointer_type(tl.int64))).to(tl.uint32)
         key = _hash(_hash(tl.load(row_ptr + 7).to(tl.uint32) + 1) + counter)
@@ -200,14 +212,14 @@ def update_kernel(
         for done in range(0, TILE, PIECE):
             _update_piece(
                 p_ptr + done, g_ptr + done, m_ptr + done, code_scale_ptr + done // _CODE_BLOCK, scale_ptr,
-                begin + done, numel, columns, rows, key, decay, lr, weight, limit,
+                begin + done, numel, columns, kind, first_row, column + done, key, decay, lr, weight, limit,
                 HAS_MOMENTUM, INT8, STOCHASTIC, MAXIMIZE, LIMITED, False, PIECE,
             )  # fmt: skip
     else:
         for done in range(0, tl.minimum(numel - begin, TILE).to(tl.int32), PIECE):
             _update_piece(
                 p_ptr + done, g_ptr + done, m_ptr + done, code_scale_ptr + done // _CODE_BLOCK, scale_ptr,
-                begin + done, numel, columns, rows, key, decay, lr, weight, limit,
+                begin + done, numel, columns, kind, first_row, column + done, key, decay, lr, weight, limit,
                 HAS_MOMENTUM, INT8, STOCHASTIC, MAXIMIZE, LIMITED, True, PIECE,
             )  # fmt: skip
 

@@ -10,28 +10,28 @@ from pathlib import Path
 from recipes.interrupt import while_importing
 
 # Import name -> package, of the extra `recipes` in pyproject.toml; what single recipes need besides, they name.
-_NEEDED = {
-    "torch": "torch",
-    "transformers": "transformers",
-    "accelerate": "accelerate",
+_BASE = {"torch": "torch", "transformers": "transformers", "accelerate": "accelerate", "yaml": "pyyaml"}
+_TRAINING = {
     "peft": "peft",
     "datasets": "datasets",
     "evaluate": "evaluate",
     "matplotlib": "matplotlib",
     "safetensors": "safetensors",
-    "yaml": "pyyaml",
     "tqdm": "tqdm",
 }
 
 
 def _is_program() -> bool:
-    """Whether a recipe is being started, as a module (argv is not set then yet) or as a file."""
+    """Whether a recipe is being started, as a module (argv is not set yet then) or as a file."""
     main = getattr(sys.modules.get("__main__"), "__file__", None)
     return sys.argv[:1] == ["-m"] or (main is not None and Path(main).resolve().parent == Path(__file__).parent)
 
 
 def _check_packages() -> None:
-    missing = [package for name, package in _NEEDED.items() if find_spec(name) is None]
+    # Benchmarks run with less, and so does what imports one part.
+    trains = _is_program() and not any("bench_" in word for word in sys.orig_argv)
+    needed = _BASE | (_TRAINING if trains else {})
+    missing = [package for name, package in needed.items() if find_spec(name) is None]
     if not missing:
         return
     message = f"the recipes need {', '.join(missing)}: python -m pip install {' '.join(missing)}"

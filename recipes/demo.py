@@ -37,7 +37,7 @@ class DemoArguments:
     """How much of everything: the defaults take a few minutes on two cores."""
 
     data: str | None = field(default=None, metadata={"help": "Folder of E2E CSV files; by default a set of our own."})
-    output: str = field(default="demo_output", metadata={"help": "Folder for everything that is written."})
+    output_dir: str = field(default="outputs/demo", metadata={"help": "Folder for everything that is written."})
     learning_rate: float = field(default=3e-3, metadata={"help": "Of both optimizers: SGD-SaI takes AdamW's units."})
     steps: int = field(default=300, metadata={"help": "Of fine-tuning, 16 texts each."})
     pretrain_steps: int = field(default=1200, metadata={"help": "Of pretraining, 16 texts each."})
@@ -113,7 +113,7 @@ def pretrain(rows: list[Row], tokenizer: PreTrainedTokenizerFast, steps: int, fo
 
 def fine_tune(name: str, base: Path, data: Path, demo: DemoArguments) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """The recipe's record and predictions for one optimizer."""
-    folder = Path(demo.output) / name
+    folder = Path(demo.output_dir) / name
     config = E2EArguments(
         model=str(base),
         data=str(data),
@@ -187,8 +187,8 @@ def main() -> None:
     # peft reads an attribute that transformers deprecates: nothing a user of the demo could act on
     warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
     (demo,) = parse_config([DemoArguments], description=__doc__)
-    output, clock = Path(demo.output), Clock()
-    check_writable("output", output)
+    output, clock = Path(demo.output_dir), Clock()
+    check_writable("output_dir", output)
     if demo.data:
         folder = Path(demo.data)
         clock.say(f"data: {folder}")

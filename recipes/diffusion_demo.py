@@ -50,6 +50,7 @@ from recipes.diffusion_model import load_concept, load_pipeline
 from recipes.diffusion_pretrain import draw_samples, new_pipeline, obeyed, pretrain
 from recipes.diffusion_samples import grid, save_picture
 from recipes.diffusion_toy import CONCEPT, PATTERNS, SHAPES, SIZE, Drawing, combinations, draw
+from recipes.interrupt import resumable
 from recipes.optimizers import OptimizerArguments
 
 TOKEN = "<V>"
@@ -354,7 +355,8 @@ def main() -> None:
     # So small a model gains nothing from a second thread, and loses most of its time where other work holds a core:
     # threads that wait for one another spin.
     torch.set_num_threads(1)
-    demo(config)
+    with resumable(lambda: ""):
+        demo(config)
 
 
 if __name__ == "__main__":

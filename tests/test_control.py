@@ -129,7 +129,7 @@ CASES: list[Callable[[Make], bool]] = [
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_holds_here_and_not_there(case: Callable[[Make], bool]) -> None:
     def ours(params: Any) -> SGDSaI:
-        return SGDSaI(params, lr=1e-3)
+        return SGDSaI(params, lr=1e-3, scaling="raw")
 
     def authors(params: Any) -> SGD_sai:
         return SGD_sai(params, lr=1e-3)

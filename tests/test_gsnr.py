@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hf_sai.gsnr import BlockStatistics, measure, scales
+from hf_sai.gsnr import BlockStatistics, measure, measure_stacked, paper_scales
 
 EPS = 1e-8
 # Two passes in float32 whose sums are pairwise: a few roundings of the sums and of each difference.
@@ -130,51 +130,28 @@ def test_a_missing_gradient_is_no_gradient() -> None:
 def test_statistics_change_no_gradient() -> None:
     grad = torch.randn(1000)
     before = grad.clone()
-    measure([grad], [grad], [EPS], active=[True])
+    measure([grad], [grad], [EPS])
     assert torch.equal(grad, before)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("magnitude", [1e-44, 1e-30, 1e-6, 1.0, 1e22, 1e37])
-def test_active_rms_equals_float64(magnitude: float, dtype: torch.dtype) -> None:
-    grad = (magnitude * torch.cat([torch.randn(400_000), 1e-3 * torch.randn(800_000)]).double()).to(dtype)
-    found = measure([grad], [grad], [EPS], active=[True])[0]
-    if found.kind == "nonfinite" or found.kind == "zero":
-        assert not grad.isfinite().all() or not grad.any(), "float16 holds less"
-        assert math.isnan(found.active_rms)
-        return
-    wide = grad.double() / grad.double().abs().max()
-    wanted = (wide.pow(4).sum() / (3 * wide.square().sum())).sqrt() * grad.double().abs().max()
-    assert found.active_rms == pytest.approx(wanted.item(), rel=1e-5)
-    if magnitude == 1.0:
-        assert found.active_rms == pytest.approx(1.0, rel=0.02), "that of the third that is active"
-
-
-def test_active_rms_is_measured_where_it_is_asked_for() -> None:
-    grads = [torch.randn(50), None, torch.zeros(3), torch.full((4,), 2.0), torch.tensor([3.0])]
-    found = measure([torch.empty(50), torch.empty(2), *grads[2:]], grads, [EPS] * 5, active=[False] + [True] * 4)
-    assert [math.isnan(s.active_rms) for s in found] == [True, True, True, False, False]
-    assert found[3].active_rms == pytest.approx(2 / math.sqrt(3), rel=1e-6)
-    assert found[4].active_rms == pytest.approx(3 / math.sqrt(3), rel=1e-6)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1,), (2,), (3, 1, 5), (128, 257)])
+def test_a_stack_is_measured_as_its_blocks_are(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    grads = [torch.randn(shape), torch.zeros(shape), torch.full(shape, 0.1), torch.full(shape, math.nan)]
+    grads += [1e-20 * torch.randn(shape), torch.full(shape, math.inf), 100 + torch.randn(shape)]
+    stacked = torch.stack(grads).to(dtype)
+    for found, g in zip(measure_stacked(stacked, EPS), stacked, strict=True):
+        expected = one(g)
+        assert found.kind == expected.kind
+        assert found.gsnr == pytest.approx(expected.gsnr, rel=RTOL)
+        assert found.norm == pytest.approx(expected.norm, rel=RTOL, nan_ok=True)
 
 
 def test_raw_scales_are_the_gsnrs() -> None:
-    blocks = [one(torch.randn(n)) for n in (10, 1000)]
-    assert scales(blocks, "raw") == [b.gsnr for b in blocks]
+    assert paper_scales([3.0, 50.0], "raw") == [3.0, 50.0]
 
 
 def test_max_scales_divide_by_the_largest_so_far() -> None:
-    blocks = [one(torch.randn(n)) for n in (10, 1000)]
-    largest = max(b.gsnr for b in blocks)
-    assert scales(blocks, "max") == [b.gsnr / largest for b in blocks]
-    assert scales(blocks[:1], "max", largest_gsnr=largest) == [blocks[0].gsnr / largest]
-    assert scales(blocks[1:], "max", largest_gsnr=blocks[0].gsnr) == [1.0]
-
-
-def test_adamw_scales_give_the_first_update_the_rms_of_adamw() -> None:
-    grads = [k * torch.randn(n) for n, k in ((10, 1e-3), (1000, 5.0), (1, 0.1))]
-    values = scales([one(g) for g in grads], "adamw")
-    update = torch.cat([s * g for s, g in zip(values, grads, strict=True)])
-    assert update.square().mean().sqrt().item() == pytest.approx(1.0, rel=1e-5)
-    ratios = [s / one(g).gsnr for s, g in zip(values, grads, strict=True)]
-    assert ratios == pytest.approx([ratios[0]] * 3)
+    assert paper_scales([3.0, 50.0], "max") == [3.0 / 50.0, 1.0]
+    assert paper_scales([3.0], "max", largest=50.0) == [3.0 / 50.0]
+    assert paper_scales([50.0], "max", largest=3.0) == [1.0]

@@ -1,6 +1,7 @@
 """`python -m hf_sai.launch`: an unchanged script sees what the interpreter would show it, and a registered name."""
 
 import json
+import multiprocessing.spawn
 import os
 import shutil
 import subprocess
@@ -246,7 +247,10 @@ def test_a_module_instead_of_a_script(
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setattr(sys, "argv", ["as before"])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    executable = sys.executable
     main(["-m", "scripts.training", *argv])
+    assert sys.executable == executable, "what children inherit is put back"
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == ["sgd_sai", "hf_sai.optimizer", argv, "__main__"]
 
 
@@ -278,33 +282,33 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_script_is_written_once_also_where_there_is_no_home(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import multiprocessing
+    from hf_sai.children import registered_children
 
-    from hf_sai.children import register_in_children
+    def seen() -> tuple[str, ...]:
+        found = [sys.executable, os.environ["PATH"], os.environ.get("PYTHON_EXEC", ""), shutil.which("python") or ""]
+        return (*found, os.fsdecode(multiprocessing.spawn.get_executable()))
 
-    real, path = sys.executable, os.environ["PATH"]
+    real = sys.executable
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # where no folder can be made
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setenv("PATH", os.pathsep.join([os.path.dirname(real), path]))
+    monkeypatch.setenv("PATH", os.pathsep.join([os.path.dirname(real), os.environ["PATH"]]))
     monkeypatch.delenv("PYTHON_EXEC", raising=False)
-    monkeypatch.setattr(sys, "executable", real)
-    try:
-        register_in_children()
-        first, on_path = sys.executable, shutil.which("python")
-        assert os.access(first, os.X_OK)
-        assert first == os.environ["PYTHON_EXEC"] == os.fsdecode(multiprocessing.spawn.get_executable())
-        assert on_path is not None
-        assert os.path.realpath(on_path) == os.path.realpath(first)
-        register_in_children()
-        assert sys.executable == first
-        monkeypatch.setattr(sys, "executable", real)  # as in a child
-        searched = os.environ["PATH"]
-        register_in_children()
-        assert (sys.executable, os.environ["PATH"]) == (first, searched)
+    before = seen()
+    with registered_children():
+        inside = seen()
+        script, _, for_torchrun, on_path, spawned = inside
+        assert os.access(script, os.X_OK)
+        assert script == for_torchrun == spawned
+        assert os.path.realpath(on_path) == os.path.realpath(script)
+        with registered_children():
+            assert seen() == inside
+        assert seen() == inside
+        sys.executable = real  # as in a child
+        with registered_children():
+            assert seen() == inside
         assert len(list(tmp_path.iterdir())) == 2
-    finally:
-        multiprocessing.set_executable(real)
+    assert seen() == before
 
 
 def test_the_command_is_the_module(capsys: pytest.CaptureFixture[str]) -> None:

@@ -414,16 +414,29 @@ def _saved(optimizer: SGDSaI) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scaling", SCALINGS)
-@pytest.mark.parametrize("momentum_dtype", [None, "float32", torch.bfloat16])
-def test_resume_is_bitwise(dtype: torch.dtype, scaling: str, momentum_dtype: Any) -> None:
+@pytest.mark.parametrize("rounding", [False, True])
+@pytest.mark.parametrize("momentum_dtype", [None, "float32", torch.bfloat16, "int8"])
+def test_resume_is_bitwise(dtype: torch.dtype, scaling: str, momentum_dtype: Any, rounding: bool) -> None:
+    """Through a file; blocks of every kind, some of which had no usable gradient when it was written."""
+
     def start() -> tuple[SGDSaI, list[nn.Parameter]]:
         torch.manual_seed(1)
-        params = [block(6, dtype=dtype), block(5, 4, dtype=dtype), block(3, dtype=dtype)]
-        return SGDSaI(params, scaling=scaling, momentum_dtype=momentum_dtype), params
+        params = [block(*shape, dtype=dtype) for shape in ((6,), (5, 4), (3,), (6,), (4, 200))]
+        groups = [{"params": params[:4]}, {"params": params[4:], "token_rows": scaling == "adamw"}]
+        optimizer = SGDSaI(groups, scaling=scaling, momentum_dtype=momentum_dtype, stochastic_rounding=rounding)
+        return optimizer, params
 
     torch.manual_seed(2)
-    gradients = [[torch.randn(6), torch.zeros(5, 4) if i < 5 else torch.randn(5, 4), None] for i in range(4)]
-    gradients += [[torch.randn(6), torch.randn(5, 4), torch.randn(3)] for i in range(4)]
+    gradients = [
+        [
+            torch.randn(6),
+            torch.zeros(5, 4) if i < 5 else torch.randn(5, 4),
+            None if i < 4 else torch.randn(3),
+            torch.randn(6),
+            torch.randn(4, 200),
+        ]
+        for i in range(14)
+    ]
     whole, params = start()
     for g in gradients:
         step(whole, *g)

