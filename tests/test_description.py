@@ -45,7 +45,7 @@ def test_what_it_names_is_there() -> None:
                     assert {alias.name for alias in node.names} <= set(hf_sai.__all__)
     for module in set(re.findall(r"\bhf_sai((?:\.[a-z_]+)+)", CODE)):
         assert importlib.util.find_spec(f"hf_sai{module}")
-    extras = re.search(r"The extra `(\w+)` .*?, `(\w+)` .*?,\s`(\w+)`", TEXT)
+    extras = re.search(r"The extra `(\w+)` .*?, `(\w+)` .*?,\s`(\w+)`", TEXT, re.DOTALL)
     assert extras
     assert set(extras.groups()) <= PROJECT["project"]["optional-dependencies"].keys()
 

@@ -54,8 +54,7 @@ DEFAULTS = {
     "fused": None,
     "momentum_dtype": None,
     "stochastic_rounding": False,
-    "momentum_init": "gradient",
-    "clip_threshold": None,
+    "token_rows": False,
 }
 
 

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
 from markdown_it import MarkdownIt
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from hf_sai import SGDSaI
+from hf_sai.bench.state_bytes import optimizer_state_bytes
 from recipes import readme_tables
 from recipes.common import UserError
 from recipes.readme_tables import rewritten, speed, sweep
@@ -153,6 +155,25 @@ def test_links_lead_somewhere(page: Path) -> None:
     targets = {str(token.attrGet("href") or token.attrGet("src")) for token in tokens if token.attrs}
     relative = {target.partition("#")[0] for target in targets if not re.match(r"https?://|mailto:|None$", target)}
     assert {target for target in relative if not (page.parent / target).exists()} == set()
+
+
+@pytest.mark.parametrize(
+    ("shapes", "share"),
+    [
+        pytest.param([(768, 2304), (2304,), (768, 768), (768, 3072), (3072, 768)], 0.5, id="the weights of GPT-2"),
+        pytest.param([(4, 768), (2304, 4)], 0.625, id="LoRA of rank 4"),
+    ],
+)
+def test_the_state_has_the_size_that_the_readme_says(shapes: list[tuple[int, ...]], share: float) -> None:
+    sizes = []
+    for optimizer_class in (SGDSaI, torch.optim.AdamW):
+        params = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer = optimizer_class(params, lr=1e-3)
+        optimizer.step()
+        sizes.append(optimizer_state_bytes(optimizer))
+    assert sizes[0] / sizes[1] == pytest.approx(share, rel=0.01)
 
 
 # ---------------------------------------------------------------- snippets
