@@ -137,7 +137,7 @@ class Collector:
         if "scale" not in state:
             self.partitions.recognise(group, index)
         partition = self.partitions.of(p)
-        allocate(state, p, group, block_name(group, index), partition.scale_counts if partition else None)
+        allocate(state, p, group, block_name(group, index), partition.shapes if partition else None)
 
 
 def block_states(
@@ -226,8 +226,7 @@ def _hyper(group: dict[str, Any], weight: float) -> Hyper:
         lr=group["lr"] if isinstance(group["lr"], Tensor) else float(group["lr"]),
         weight=weight,
         weight_decay=float(group["weight_decay"]),
-        # The scale of a token row is made from this gradient, too, which bounds its update.
-        limit=LIMIT if group["scaling"] == "adamw" and not group["token_rows"] else None,
+        limit=LIMIT if group["scaling"] == "adamw" else None,
         maximize=group["maximize"],
         stochastic_rounding=group["stochastic_rounding"],
     )

@@ -22,7 +22,7 @@ from hf_sai.triton_kernels import combine_kernel, moments_kernel, update_kernel
 TILE = 8192
 PIECE = 1024
 WARPS = 4
-_COLUMNS = 10  # of the table
+_COLUMNS = 11  # of the table
 _KEPT_TABLES = 8
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -59,7 +59,7 @@ class FusedBlocks:
         groups: dict[tuple[Any, ...], list[int]] = {}
         for i, (p, g_dtype, b) in enumerate(zip(self._params, self._grad_dtypes, owners, strict=True)):
             m_dtype = None if b.momentum is None else b.momentum.dtype
-            groups.setdefault((p.device, p.dtype, g_dtype, m_dtype), []).append(i)
+            groups.setdefault((p.device, p.dtype, g_dtype, m_dtype, b.column_factor is not None), []).append(i)
         self._launches = [(*key, members, [rows[i] for i in members]) for key, members in groups.items()]
         self._tables: dict[tuple[int, ...], tuple[Tensor, bool]] = {}
 
@@ -73,7 +73,7 @@ class FusedBlocks:
 
     def update(self, grads: Sequence[Tensor], hyper: Hyper) -> None:
         """Update the blocks with gradients in the order of their parameters."""
-        for device, p_dtype, g_dtype, m_dtype, members, rows in self._launches:
+        for device, p_dtype, g_dtype, m_dtype, has_columns, members, rows in self._launches:
             on_device = isinstance(hyper.lr, Tensor) and hyper.lr.device == device
             lr = 0.0 if on_device else float(hyper.lr)
             with _on(device):
@@ -95,6 +95,7 @@ class FusedBlocks:
                     INT8=m_dtype == torch.int8,
                     STOCHASTIC=hyper.stochastic_rounding and torch.bfloat16 in (p_dtype, m_dtype),
                     MAXIMIZE=hyper.maximize,
+                    COLUMNS=has_columns,
                     LIMITED=hyper.limit is not None,
                     LR_TENSOR=on_device,
                     ALIGNED=aligned,
@@ -130,6 +131,7 @@ def _rows(b: Blocks) -> Iterator[tuple[int, ...]]:
             b.seed,
             b.columns,
             _kind(b, p, s),
+            0 if b.column_factor is None else b.column_factor.data_ptr(),
         )
 
 
@@ -164,7 +166,7 @@ def gradient_moments(grads: Sequence[Tensor]) -> list[tuple[float, float]]:
     for i, g in enumerate(grads):
         groups.setdefault((g.device, g.dtype), []).append(i)
     for (device, dtype), members in groups.items():
-        rows = [x for i in members for x in (0, grads[i].data_ptr(), 0, 0, 0, 0, grads[i].numel(), 0, 0, 0)]
+        rows = [x for i in members for x in (0, grads[i].data_ptr(), 0, 0, 0, 0, grads[i].numel(), 0, 0, 0, 0)]
         with _on(device):
             layout = _layout(tuple(rows[6::_COLUMNS]), TILE, device)
             table, aligned = _table(tuple(rows), device)

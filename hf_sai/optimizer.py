@@ -174,7 +174,7 @@ class SGDSaI(Optimizer):
             for group in self.param_groups:
                 for index in range(len(group["params"])):
                     self._partitions.recognise(group, index)
-            check_state_dict(self.param_groups, given, self._partitions.scale_counts())
+            check_state_dict(self.param_groups, given, self._partitions.shapes())
             self._loading = given
 
         # Registered last, so that it sees what the user's own hooks made of the state dict.

@@ -22,7 +22,7 @@ from hf_sai.momentum import CODE_BLOCK, LEVELS, SMALLEST
 from hf_sai.rounding import GOLDEN, MULTIPLIERS
 
 # Columns of the table.
-_COLUMNS = tl.constexpr(10)
+_COLUMNS = tl.constexpr(11)
 
 _CODE_BLOCK = tl.constexpr(CODE_BLOCK)
 _LEVELS = tl.constexpr(LEVELS)
@@ -63,6 +63,7 @@ def _update_piece(
     m_ptr,
     code_scale_ptr,
     scale_ptr,
+    column_factor_ptr,
     first,
     numel,
     columns,
@@ -78,6 +79,7 @@ def _update_piece(
     INT8: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     MAXIMIZE: tl.constexpr,
+    COLUMNS: tl.constexpr,
     LIMITED: tl.constexpr,
     MASKED: tl.constexpr,
     PIECE: tl.constexpr,
@@ -116,6 +118,8 @@ def _update_piece(
             row = (first_row % kind).to(tl.int32) + row
             channel = (first_row // kind + row // kind) * columns + column
         g = g * tl.load(scale_ptr + channel, mask=mask, other=other)
+        if COLUMNS:
+            g = g * tl.load(column_factor_ptr + column, mask=mask, other=other)
     if LIMITED:  # NaN stays NaN
         g = tl.where(g > limit, limit, g)
         g = tl.where(g < -limit, -limit, g)
@@ -160,8 +164,8 @@ def _pointer(row_ptr, column: tl.constexpr, dtype: tl.constexpr, offset, ALIGNED
 
 @triton.jit
 def update_kernel(
-    table_ptr,  # (blocks, 10): addresses of p, g, m, its int8 scales, scale and counter; elements; seed;
-    # length of a row; how a channel is found
+    table_ptr,  # (blocks, 11): addresses of p, g, m, its int8 scales, scale and counter; elements; seed;
+    # length of a row; how a channel is found; address of the column factors
     tiles_ptr,  # (programs, 2): the block of a program and which of its tiles
     lr_ptr,
     lr,
@@ -176,6 +180,7 @@ def update_kernel(
     INT8: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     MAXIMIZE: tl.constexpr,
+    COLUMNS: tl.constexpr,
     LIMITED: tl.constexpr,
     LR_TENSOR: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -197,6 +202,7 @@ def update_kernel(
             code_scale_ptr = _pointer(row_ptr, 3, tl.float32, begin // _CODE_BLOCK, ALIGNED)
     scale_ptr = tl.load(row_ptr + 4).to(tl.pointer_type(tl.float32))
     # A block with one scale may have more columns than 32 bits count; then they are not used.
+    column_factor_ptr = tl.load(row_ptr + 10).to(tl.pointer_type(tl.float32))
     columns = tl.load(row_ptr + 8)
     kind = tl.load(row_ptr + 9).to(tl.int32)
     first_row = begin // columns
@@ -212,15 +218,17 @@ def update_kernel(
         for done in range(0, TILE, PIECE):
             _update_piece(
                 p_ptr + done, g_ptr + done, m_ptr + done, code_scale_ptr + done // _CODE_BLOCK, scale_ptr,
+                column_factor_ptr,
                 begin + done, numel, columns, kind, first_row, column + done, key, decay, lr, weight, limit,
-                HAS_MOMENTUM, INT8, STOCHASTIC, MAXIMIZE, LIMITED, False, PIECE,
+                HAS_MOMENTUM, INT8, STOCHASTIC, MAXIMIZE, COLUMNS, LIMITED, False, PIECE,
             )  # fmt: skip
     else:
         for done in range(0, tl.minimum(numel - begin, TILE).to(tl.int32), PIECE):
             _update_piece(
                 p_ptr + done, g_ptr + done, m_ptr + done, code_scale_ptr + done // _CODE_BLOCK, scale_ptr,
+                column_factor_ptr,
                 begin + done, numel, columns, kind, first_row, column + done, key, decay, lr, weight, limit,
-                HAS_MOMENTUM, INT8, STOCHASTIC, MAXIMIZE, LIMITED, True, PIECE,
+                HAS_MOMENTUM, INT8, STOCHASTIC, MAXIMIZE, COLUMNS, LIMITED, True, PIECE,
             )  # fmt: skip
 
 

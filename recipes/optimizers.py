@@ -59,7 +59,7 @@ def meaning(optim: str, optim_args: Any = None) -> dict[str, Any]:
     }
     hyper = {name: str(value) for name, value in (defaults | parse_optim_args(optim_args)).items()}
     rule = {
-        name: getattr(calibration, name) for name in ("WINDOW", "INTERVAL", "TOKEN_WINDOW", "TOKEN_FACTOR", "LIMIT")
+        name: getattr(calibration, name) for name in ("WINDOW", "INTERVAL", "LIMIT")
     }
     return {"optim": optim, **hyper, **(rule if hyper["scaling"] == "adamw" else {})}
 
