@@ -56,7 +56,7 @@ def measure(
 
     A gradient that is a sharded ``DTensor`` is reduced over every mesh dimension it is split on, one collective a pass
     and group of processes, however many blocks there are. Every process must therefore pass the same sharded
-    ``params`` in the same order; ``None`` as the gradient of one stands for "no gradient on this process".
+    ``params`` in the same order; ``None`` as the gradient of one stands for zeros on this process.
 
     Args:
         params: the blocks, any shape, real floating point; sharded ones as DTensor or Segment.
@@ -82,11 +82,13 @@ def measure(
     everything = range(len(params))
     totals = sums(everything, lambda i, g: [g.sum(dtype=_accumulator(g))], {i: x for i, (x, _) in known.items()})
     means = [t / n if n else 0.0 for t, n in zip(totals, numels, strict=True)]
+    missing = {i: to_local(p).numel() for i, (p, g) in enumerate(zip(params, locals_, strict=True)) if g is None}
     shifted = {
         i: squares + g.numel() * (total / g.numel() - means[i]) ** 2
         for i, (total, squares) in known.items()
         if (g := locals_[i]) is not None
     }
+    shifted |= {i: n * means[i] ** 2 for i, n in missing.items()}
     centred = sums(everything, lambda i, g: _centred_squares(g, means[i], _accumulator(g)), shifted)
 
     low, high = _SAFE_MEAN_SQUARE
@@ -99,9 +101,9 @@ def measure(
             totals[i] = centred[i] = 0.0 if x == 0 else math.nan
         for i, total in zip(again, sums(again, lambda i, g: [g.sum(dtype=torch.float64)], {}), strict=True):
             totals[i], means[i] = total, total / numels[i]
-        for i, squares in zip(
-            again, sums(again, lambda i, g: _centred_squares(g, means[i], torch.float64), {}), strict=True
-        ):
+        shifted = {i: n * means[i] ** 2 for i, n in missing.items()}
+        exact = sums(again, lambda i, g: _centred_squares(g, means[i], torch.float64), shifted)
+        for i, squares in zip(again, exact, strict=True):
             centred[i] = squares
     return [_statistics(n, t, c, e) for n, t, c, e in zip(numels, totals, centred, eps, strict=True)]
 

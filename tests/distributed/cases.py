@@ -55,9 +55,15 @@ class TwoLayers(nn.Module):
 
 
 def settings(scaling: str) -> dict[str, Any]:
-    """What SGDSaI is made with: ``"clip"`` is ``"floor"`` with a threshold that its first updates are far above."""
-    clip = {"scaling": "floor", "clip_threshold": 0.3} if scaling == "clip" else {"scaling": scaling}
-    return {"lr": 1e-3 if scaling in ("raw", "max") else 1e-2, **clip}
+    """What SGDSaI is made with."""
+    return {"lr": 1e-2 if scaling == "adamw" else 1e-3, "scaling": scaling}
+
+
+def groups(model: nn.Module, scaling: str) -> list[dict[str, Any]]:
+    """The embedding, whose rows are tokens under ``"adamw"``, and all the rest."""
+    tokens = [p for name, p in model.named_parameters() if name.endswith("embed.weight")]
+    rest = [p for p in model.parameters() if all(p is not q for q in tokens)]
+    return [{"params": tokens, "token_rows": scaling == "adamw"}, {"params": rest}]
 
 
 def build(
@@ -104,10 +110,18 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def gsnrs(model: nn.Module, optimizer: torch.optim.Optimizer, key: str = "gsnr") -> dict[str, float]:
+def gsnrs(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """The g-SNR of each block, as this process knows it; blocks without one are 0."""
     return {
-        name: float(local(optimizer.state[p][key])) if key in optimizer.state.get(p, {}) else 0.0
+        name: float(optimizer.state[p]["gsnr"]) if "gsnr" in optimizer.state.get(p, {}) else 0.0
+        for name, p in model.named_parameters()
+    }
+
+
+def scales(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, list[float]]:
+    """The scale of each channel of each block; none of the authors' release, which keeps none."""
+    return {
+        name: whole(optimizer.state[p]["scale"]).flatten().tolist() if "scale" in optimizer.state.get(p, {}) else []
         for name, p in model.named_parameters()
     }
 
@@ -121,6 +135,15 @@ def largest_relative_error(found: dict[str, float], expected: dict[str, float]) 
     assert found.keys() == expected.keys()
     pairs = [(found[name], expected[name]) for name in found]
     return max(0.0 if x == y else abs(x - y) / max(abs(y), 1e-300) for x, y in pairs)
+
+
+def largest_error_of_scales(found: dict[str, list[float]], expected: dict[str, list[float]]) -> float:
+    """The relative one, over all channels of all blocks."""
+    assert {name: len(x) for name, x in found.items()} == {name: len(x) for name, x in expected.items()}
+    flat = [
+        {(name, i): x for name, values in given.items() for i, x in enumerate(values)} for given in (found, expected)
+    ]
+    return largest_relative_error(*flat)  # type: ignore[arg-type]
 
 
 def largest_difference(found: dict[str, list[float]], expected: dict[str, list[float]]) -> float:

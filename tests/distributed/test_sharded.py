@@ -3,16 +3,47 @@
 import math
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from cases import BATCH, LENGTH, Net, TwoLayers, batch, build, gsnrs, largest_difference, largest_relative_error, train
+from cases import (
+    BATCH,
+    LENGTH,
+    Net,
+    TwoLayers,
+    batch,
+    build,
+    gsnrs,
+    largest_difference,
+    largest_error_of_scales,
+    largest_relative_error,
+    scales,
+    train,
+)
 from cases import weights as weights_of
 from torch import nn
-from worker import SAVED_AT, STEPS, SUBJECTS, load_checkpoint
+from worker import LONG, MISSING, SAVED_AT, STEPS, SUBJECTS, load_checkpoint
+
+from hf_sai.calibration import INTERVAL, WINDOW
 
 pytestmark = pytest.mark.distributed
+
+
+class Expected(NamedTuple):
+    """What one process makes of a training.
+
+    Attributes:
+        gsnr: of each block.
+        scale: of each channel of each block.
+        weights: of each block.
+        tolerance: how far weights may be from them: on several processes gradients are summed in another order.
+    """
+
+    gsnr: dict[str, float]
+    scale: dict[str, list[float]]
+    weights: dict[str, list[float]]
+    tolerance: float
 
 
 def one_process(
@@ -21,14 +52,14 @@ def one_process(
     cls: type[nn.Module] = Net,
     dtype: torch.dtype = torch.float32,
     which: str = "hf_sai",
-) -> tuple[dict[str, float], dict[str, list[float]], float]:
-    """g-SNR, weights and the tolerance for the weights, of the same training in this process."""
+) -> Expected:
+    """The same training in this process."""
     subject = SUBJECTS[which]
     model = build(cls, dtype, frozen=subject.frozen if cls is Net else ())
-    optimizer = subject.make(model.parameters(), scaling)
+    optimizer = subject.make(model, scaling)
     start, path = weights_of(model), 0.0
     for step in range(steps):
-        with expected_warning(step == 0 and cls is Net and which == "hf_sai"):
+        with expected_warning(step == 0 and cls is Net and which == "hf_sai" and scaling != "adamw"):
             train(model, optimizer, range(step, step + 1), late_step=subject.late_step)
         path, start = path + largest_difference(weights_of(model), start), weights_of(model)
     weights = weights_of(model)
@@ -36,7 +67,7 @@ def one_process(
     # Each step rounds a weight once on either side; an element of a gradient is a sum over BATCH * LENGTH terms, whose
     # order differs, and enters the path that the weights have gone.
     tolerance = torch.finfo(dtype).eps * (steps * largest + BATCH * LENGTH * path)
-    return gsnrs(model, optimizer), weights, tolerance
+    return Expected(gsnrs(model, optimizer), scales(model, optimizer), weights, tolerance)
 
 
 def expected_warning(expected: bool) -> AbstractContextManager[Any]:
@@ -44,31 +75,39 @@ def expected_warning(expected: bool) -> AbstractContextManager[Any]:
 
 
 @pytest.mark.parametrize(
-    ("processes", "check", "scaling", "cls", "dtype"),
+    ("processes", "check", "scaling", "cls", "dtype", "steps"),
     [
-        (2, "ddp", "adamw", Net, torch.float32),
-        (2, "fsdp2_raw", "raw", Net, torch.float32),
-        (2, "fsdp2_max", "max", Net, torch.float32),
-        (2, "fsdp2_adamw", "adamw", Net, torch.float32),
-        (2, "fsdp2_floor", "floor", Net, torch.float32),
-        (2, "fsdp2_clip", "clip", Net, torch.float32),
-        (2, "fsdp2_float64", "adamw", Net, torch.float64),
-        (2, "fsdp2_by_accelerate", "adamw", Net, torch.float32),
-        (2, "tensor_parallel", "adamw", TwoLayers, torch.float32),
-        (4, "hsdp", "adamw", Net, torch.float32),
-        (4, "fsdp2_tensor_parallel", "adamw", TwoLayers, torch.float32),
+        (2, "ddp", "adamw", Net, torch.float32, STEPS),
+        (2, "ddp_float64", "adamw", Net, torch.float64, LONG),
+        (2, "fsdp2_raw", "raw", Net, torch.float32, STEPS),
+        (2, "fsdp2_max", "max", Net, torch.float32, STEPS),
+        (2, "fsdp2_adamw", "adamw", Net, torch.float32, STEPS),
+        (2, "fsdp2_float64", "adamw", Net, torch.float64, LONG),
+        (2, "fsdp2_by_accelerate", "adamw", Net, torch.float32, STEPS),
+        (2, "tensor_parallel", "adamw", TwoLayers, torch.float32, STEPS),
+        (4, "hsdp", "adamw", Net, torch.float32, STEPS),
+        (4, "fsdp2_tensor_parallel", "adamw", TwoLayers, torch.float32, STEPS),
     ],
 )
 def test_the_numbers_of_one_process(
-    two: Any, four: Any, processes: int, check: str, scaling: str, cls: type[nn.Module], dtype: torch.dtype
+    two: Any, four: Any, processes: int, check: str, scaling: str, cls: type[nn.Module], dtype: torch.dtype, steps: int
 ) -> None:
+    """A block that is idle until step 13 among them; in float64 beyond the window in which scales are calibrated."""
     ranks = {2: two, 4: four}[processes]["hf_sai"][check]
-    gsnr, weights, tolerance = one_process(scaling, cls=cls, dtype=dtype)
-    assert min(gsnr.values()) > 0
-    assert largest_relative_error(ranks[0]["gsnr"], gsnr) < 1e-6
-    assert largest_difference(ranks[0]["weights"], weights) < tolerance
+    expected = one_process(scaling, steps, cls, dtype)
+    assert min(expected.gsnr.values()) > 0
+    assert largest_relative_error(ranks[0]["gsnr"], expected.gsnr) < 1e-6
+    assert largest_error_of_scales(ranks[0]["scale"], expected.scale) < 1e-6
+    assert largest_difference(ranks[0]["weights"], expected.weights) < expected.tolerance
     # Bitwise, on every rank: JSON keeps every digit.
-    assert all(rank["gsnr"] == ranks[0]["gsnr"] and rank["weights"] == ranks[0]["weights"] for rank in ranks)
+    assert all(rank[key] == ranks[0][key] for rank in ranks for key in ("gsnr", "scale", "weights"))
+
+
+@pytest.mark.xfail(reason="scale_of_block averages over the channels of this process only")
+@pytest.mark.parametrize("check", ["fsdp2_adamw", "tensor_parallel"])
+def test_the_table_is_the_same_on_every_process(two: Any, check: str) -> None:
+    first, second = two["hf_sai"][check]
+    assert first["table"] == second["table"]
 
 
 def test_the_2d_mesh_has_strided_shards(four: Any) -> None:
@@ -79,25 +118,26 @@ def test_the_2d_mesh_has_strided_shards(four: Any) -> None:
 
 
 def test_a_constant_number_of_collectives(two: Any, four: Any) -> None:
+    """However many blocks: two passes for the g-SNR, the count, and the channels of the biases, which are split."""
     costs = two["hf_sai"]["fsdp2_costs"][0]
-    assert costs["first_2"]["collectives"] == costs["first_8"]["collectives"] == {"allreduce_": 2}
-    assert costs["later_2"]["collectives"] == costs["later_8"]["collectives"] == {}
+    assert costs["collectives_2"] == costs["collectives_8"]
+    counts = {int(step): sum(found.values()) for step, found in costs["collectives_2"].items()}
+    assert counts == {0: 4, 1: 2, WINDOW - 1: 2, WINDOW: 0, WINDOW + INTERVAL - 1: 1}
     # Two passes over two groups of processes, although the blocks are split in three ways.
     assert four["hf_sai"]["fsdp2_tensor_parallel"][0]["collectives"] == {"allreduce_": 4}
 
 
 def test_no_memory_of_gradient_size(two: Any) -> None:
-    costs = two["hf_sai"]["fsdp2_costs"][0]
-    assert costs["measure"]["largest"] == 1 << 18 < costs["local_numel"]
-    assert costs["later_8"]["largest"] <= 1 << 18
-    # In the first step the momentum buffers, and nothing larger than one.
-    assert costs["first_8"]["largest"] == costs["local_numel"]
+    measured, costs = two["hf_sai"]["fsdp2_measure"][0], two["hf_sai"]["fsdp2_costs"][0]
+    assert measured["largest"] == 1 << 18 < measured["local_numel"]
+    # In the first step the momentum buffers, and nothing larger than one; later the piece that stays in cache.
+    assert costs["largest"] == [costs["local_numel"], 1 << 20]
 
 
 def test_late_experts_under_ddp(two: Any) -> None:
     """`late` is idle at step 0 on both ranks, at step 1 on one of them, at step 2 on the other."""
     model = build()
-    optimizer = SUBJECTS["hf_sai"].make(model.parameters(), "raw")
+    optimizer = SUBJECTS["hf_sai"].make(model)
     for step, users in enumerate([(), (1,), (0,), (), (0, 1)]):
         tokens, targets = batch(step)
         optimizer.zero_grad()
@@ -106,11 +146,11 @@ def test_late_experts_under_ddp(two: Any) -> None:
             for rank, half in enumerate((slice(0, BATCH // 2), slice(BATCH // 2, BATCH)))
         ]
         ((halves[0] + halves[1]) / 2).backward()
-        with expected_warning(step == 0):
-            optimizer.step()
+        optimizer.step()
     ranks = two["hf_sai"]["ddp_idle_expert"]
     assert ranks[0] == ranks[1]
     assert largest_relative_error(ranks[0]["gsnr"], gsnrs(model, optimizer)) < 1e-6
+    assert largest_error_of_scales(ranks[0]["scale"], scales(model, optimizer)) < 1e-6
     # DDP leaves a zero where no rank used the block, a loop without DDP leaves None: only the latter skips momentum.
     others = {k: v for k, v in ranks[0]["weights"].items() if not k.startswith("late")}
     expected = {k: v for k, v in weights_of(model).items() if not k.startswith("late")}
@@ -134,13 +174,24 @@ def test_what_is_measured_during_training_is_the_g_snr_of_the_whole_gradient(two
 
 
 def test_a_gradient_missing_on_one_rank_counts_as_zero(two: Any) -> None:
+    model = build(dtype=torch.float64)
+    optimizer = SUBJECTS["hf_sai"].make(model, lr=0.0)
+    for step in range(4):
+        tokens, targets = batch(step, torch.float64)
+        optimizer.zero_grad()
+        (model(tokens, use_late=False) - targets).square().mean().backward()
+        for rank in range(2):
+            for name in MISSING.get((step, rank), []):
+                model.get_parameter(name).grad.chunk(2)[rank].zero_()
+        optimizer.step()
     ranks = two["hf_sai"]["fsdp2_ranks_without_gradient"]
-    assert ranks[0]["gsnr"] == ranks[1]["gsnr"]
-    gradient = torch.tensor(ranks[0]["gradients"]["down.weight"], dtype=torch.float64)
-    assert (gradient == 0).sum() >= 2 * 13  # rank 1 holds two of the five rows
-    expected = float(gradient.norm() / (gradient.std() + 1e-8))
-    assert math.isclose(ranks[0]["gsnr"]["down.weight"], expected, rel_tol=1e-6)
-    assert ranks[0]["gsnr"]["lora_b.weight"] > 0
+    assert ranks[0]["scale"] == ranks[1]["scale"]
+    assert largest_relative_error(ranks[0]["gsnr"], gsnrs(model, optimizer)) < 1e-6
+    # A sharded block that has had no gradient so far has a state: zeros.
+    found, expected = (
+        {name: x for name, x in given.items() if any(x)} for given in (ranks[0]["scale"], scales(model, optimizer))
+    )
+    assert largest_error_of_scales(found, expected) < 1e-6
 
 
 def test_a_nan_in_one_shard_is_seen_by_all(two: Any) -> None:
@@ -182,10 +233,11 @@ def check_resumed(ranks: list[dict[str, Any]], saved: dict[str, Any], bitwise: b
     for rank in ranks:
         assert {name: value for name, value in rank["loaded"].items() if value} == known
         assert largest_relative_error(rank["gsnr"], saved["gsnr"]) < 1e-6
+        assert largest_error_of_scales(rank["scale"], saved["scale"]) < 1e-6
     if bitwise:
         assert all(rank["weights"] == saved["weights"] for rank in ranks)
     else:
-        _, _, tolerance = one_process("adamw", steps=SAVED_AT + 5)
+        tolerance = one_process("adamw", steps=SAVED_AT + 5).tolerance
         assert all(largest_difference(rank["weights"], saved["weights"]) < tolerance for rank in ranks)
 
 
@@ -205,15 +257,15 @@ def test_control_fsdp1(two: Any) -> None:
 def test_control_costs(two: Any) -> None:
     """Right numbers at a price: DTensor's `std` gathers every gradient whole, one collective a block."""
     costs = two["authors"]["fsdp2_costs"][0]
-    assert costs["first_8"]["collectives"] != costs["first_2"]["collectives"]
-    assert costs["first_8"]["largest"] > costs["local_numel"]
+    assert costs["collectives_8"]["0"] != costs["collectives_2"]["0"]
+    assert costs["largest"][0] > costs["local_numel"]
 
 
 @pytest.mark.parametrize("check", ["ddp", "fsdp2_raw", "tensor_parallel"])
 def test_control_trained_alike(two: Any, check: str) -> None:
     """Without the blocks that stop it, DTensor makes the authors' release agree with one process: the checks pass."""
     cls = TwoLayers if check == "tensor_parallel" else Net
-    gsnr, weights, tolerance = one_process("raw", cls=cls, which="authors")
+    expected = one_process("raw", cls=cls, which="authors")
     rank = two["authors"][check][0]
-    assert largest_relative_error(rank["gsnr"], gsnr) < 1e-6
-    assert largest_difference(rank["weights"], weights) < tolerance
+    assert largest_relative_error(rank["gsnr"], expected.gsnr) < 1e-6
+    assert largest_difference(rank["weights"], expected.weights) < expected.tolerance

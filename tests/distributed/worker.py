@@ -22,7 +22,7 @@ import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from cases import LATE_STEP, Recorder, TwoLayers, batch, build, gsnrs, local, settings, train, weights
+from cases import LATE_STEP, Recorder, TwoLayers, batch, build, groups, gsnrs, local, scales, settings, train, weights
 from sgd_sai import SGD_sai
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -38,11 +38,13 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_sai import SGDSaI
+from hf_sai import SGDSaI, gsnr_table
+from hf_sai.calibration import INTERVAL, WINDOW
 from hf_sai.gsnr import measure
 from hf_sai.monitor import measure_gradients
 
 STEPS = 20
+LONG = WINDOW + 2 * INTERVAL + 1
 SAVED_AT = 10
 
 
@@ -54,12 +56,12 @@ class Subject(NamedTuple):
     frozen: tuple[str, ...]
 
 
-def make_hf_sai(params: Any, scaling: str = "raw") -> torch.optim.Optimizer:
-    return SGDSaI(params, **settings(scaling))
+def make_hf_sai(model: nn.Module, scaling: str = "adamw", **options: Any) -> torch.optim.Optimizer:
+    return SGDSaI(groups(model, scaling), **{**settings(scaling), **options})
 
 
-def make_authors(params: Any, scaling: str = "raw") -> torch.optim.Optimizer:
-    return SGD_sai(params, lr=1e-3)
+def make_authors(model: nn.Module, scaling: str = "raw") -> torch.optim.Optimizer:
+    return SGD_sai(model.parameters(), lr=1e-3)
 
 
 # Blocks calibrated late stop the authors' release, one-element and constant blocks make it diverge at once: to learn
@@ -80,7 +82,14 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
 
 def report(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    return {"gsnr": gsnrs(model, optimizer), "weights": weights(model)}
+    """What the optimizer has measured and made of the model; also as the table that a user looks at."""
+    table = gsnr_table(optimizer, model) if isinstance(optimizer, SGDSaI) else []
+    return {
+        "gsnr": gsnrs(model, optimizer),
+        "scale": scales(model, optimizer),
+        "table": {row.name: row.scale for row in table},
+        "weights": weights(model),
+    }
 
 
 # Two processes.
@@ -88,7 +97,7 @@ def report(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]
 
 def ddp(subject: Subject, _: Path) -> dict[str, Any]:
     model = build(frozen=subject.frozen)
-    optimizer = subject.make(model.parameters(), "adamw")
+    optimizer = subject.make(model, "adamw")
     wrapped = DistributedDataParallel(model, find_unused_parameters=True)
     train(model, optimizer, range(STEPS), rows(), forward=wrapped, late_step=subject.late_step)
     return report(model, optimizer)
@@ -97,7 +106,7 @@ def ddp(subject: Subject, _: Path) -> dict[str, Any]:
 def ddp_idle_expert(subject: Subject, _: Path) -> dict[str, Any]:
     """Each rank uses `late` in steps of its own; where no rank does, its gradient is None."""
     model = build(frozen=subject.frozen)
-    optimizer = subject.make(model.parameters())
+    optimizer = subject.make(model)
     wrapped = DistributedDataParallel(model, find_unused_parameters=True)
     for step, users in enumerate([(), (1,), (0,), (), (0, 1)]):
         tokens, targets = batch(step)
@@ -120,22 +129,23 @@ def fsdp2_adamw(subject: Subject, _: Path) -> dict[str, Any]:
     return fsdp2(subject, "adamw", torch.float32)
 
 
-def fsdp2_floor(subject: Subject, _: Path) -> dict[str, Any]:
-    return fsdp2(subject, "floor", torch.float32)
-
-
-def fsdp2_clip(subject: Subject, _: Path) -> dict[str, Any]:
-    return fsdp2(subject, "clip", torch.float32)
-
-
 def fsdp2_float64(subject: Subject, _: Path) -> dict[str, Any]:
-    return fsdp2(subject, "adamw", torch.float64)
+    """Past the window in which scales are calibrated."""
+    return fsdp2(subject, "adamw", torch.float64, LONG)
 
 
-def fsdp2(subject: Subject, scaling: str, dtype: torch.dtype) -> dict[str, Any]:
+def ddp_float64(subject: Subject, _: Path) -> dict[str, Any]:
+    model = build(dtype=torch.float64)
+    optimizer = subject.make(model)
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    train(model, optimizer, range(LONG), rows(), forward=wrapped, late_step=subject.late_step)
+    return report(model, optimizer)
+
+
+def fsdp2(subject: Subject, scaling: str, dtype: torch.dtype, steps: int = STEPS) -> dict[str, Any]:
     model = shard(build(dtype=dtype, frozen=subject.frozen), init_device_mesh("cpu", (dist.get_world_size(),)))
-    optimizer = subject.make(model.parameters(), scaling)
-    train(model, optimizer, range(STEPS), rows(), late_step=subject.late_step)
+    optimizer = subject.make(model, scaling)
+    train(model, optimizer, range(steps), rows(), late_step=subject.late_step)
     return report(model, optimizer)
 
 
@@ -148,7 +158,7 @@ def fsdp2_by_accelerate(subject: Subject, _: Path) -> dict[str, Any]:
     )
     accelerator.state.distributed_type = DistributedType.FSDP
     model = build(frozen=subject.frozen)
-    model, optimizer = accelerator.prepare(model, subject.make(model.parameters(), "adamw"))
+    model, optimizer = accelerator.prepare(model, subject.make(model, "adamw"))
     assert all(isinstance(p, DTensor) for p in model.parameters())
     train(model, optimizer, range(STEPS), rows(), late_step=subject.late_step)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -169,64 +179,78 @@ def fsdp1(subject: Subject, _: Path) -> dict[str, Any]:
         return None
 
     model = build()
-    optimizer = subject.make(model.parameters())
+    optimizer = subject.make(model)
     outer = wrapped(model, True)
     return {
-        "flat": said(lambda: subject.make(wrapped(build(), False).parameters())),
-        "original": said(lambda: subject.make(wrapped(build(), True).parameters())),
+        "flat": said(lambda: subject.make(wrapped(build(), False))),
+        "original": said(lambda: subject.make(wrapped(build(), True))),
         "before": said(lambda: train(outer, optimizer, range(1), rows())),
     }
 
 
 def fsdp2_costs(subject: Subject, _: Path) -> dict[str, Any]:
-    """Collectives and the largest temporary of the calibrating step, and of a later one, for 2 and for 8 layers."""
+    """Collectives of the first step, a later one and one after the window; the largest temporary of two steps."""
     found: dict[str, Any] = {}
     for layers in (2, 8):
-        torch.manual_seed(0)
-        model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(layers)))
-        fully_shard(model)
-        optimizer = subject.make(model.parameters())
-        for step in ("first", "later"):
-            optimizer.zero_grad()
-            model(torch.randn(2, 1024)).square().mean().backward()
-            with Recorder() as recorder:
-                optimizer.step()
-            found[f"{step}_{layers}"] = {"collectives": recorder.collectives, "largest": recorder.largest}
-    with Recorder() as recorder:
-        params = list(model.parameters())
-        measure(params, [p.grad for p in params], [1e-8] * len(params))
-    found["measure"] = {"collectives": recorder.collectives, "largest": recorder.largest}
-    found["local_numel"] = local(params[0]).numel()
+        costs = costs_of_steps(subject, layers, 64)
+        found[f"collectives_{layers}"] = {
+            step: costs[step][0] for step in (0, 1, WINDOW - 1, WINDOW, WINDOW + INTERVAL - 1)
+        }
+    width = 2048
+    found["largest"] = [largest for _, largest in costs_of_steps(subject, 2, width, 2)]
+    found["local_numel"] = width * width // dist.get_world_size()
     return found
 
 
+def costs_of_steps(subject: Subject, layers: int, width: int, steps: int = WINDOW + INTERVAL) -> list[tuple[Any, int]]:
+    """Of each step its collectives and the elements of the largest tensor that it makes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(width, width) for _ in range(layers)))
+    fully_shard(model)
+    optimizer = subject.make(model)
+    costs = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(2, width)).square().mean().backward()
+        with Recorder() as recorder:
+            optimizer.step()
+        costs.append((recorder.collectives, recorder.largest))
+    return costs
+
+
+def fsdp2_measure(subject: Subject, _: Path) -> dict[str, Any]:
+    """The largest temporary of the statistics."""
+    model = nn.Linear(2048, 2048)
+    fully_shard(model)
+    model(torch.randn(2, 2048)).square().mean().backward()
+    params = list(model.parameters())
+    with Recorder() as recorder:
+        measure(params, [p.grad for p in params], [1e-8] * len(params))
+    return {"collectives": recorder.collectives, "largest": recorder.largest, "local_numel": local(params[0]).numel()}
+
+
+# By step and rank, the blocks without a gradient.
+MISSING = {(0, 1): ["down.weight", "lora_b.weight"], (1, 0): ["lora_b.weight"], (2, 0): ["down.weight", "embed.weight"]}
+
+
 def fsdp2_ranks_without_gradient(subject: Subject, _: Path) -> dict[str, Any]:
-    """Rank 1 has no gradient for two blocks at step 0, and rank 0 none for one at step 1, for the other at step 2."""
-    model = shard(build(frozen=subject.frozen), init_device_mesh("cpu", (2,)))
-    optimizer = subject.make(model.parameters(), "clip")
-    gradients: dict[str, list[float]] = {}
-    for step in range(3):
-        tokens, targets = batch(step)
+    """At a learning rate of 0, so that all runs have the same gradients but for those that are missing."""
+    model = shard(build(dtype=torch.float64), init_device_mesh("cpu", (2,)))
+    optimizer = subject.make(model, lr=0.0)
+    for step in range(4):
+        tokens, targets = batch(step, torch.float64)
         optimizer.zero_grad()
         (model(tokens[rows()], use_late=False) - targets[rows()]).square().mean().backward()
-        missing = {(0, 1): ["down.weight", "lora_b.weight"], (1, 0): ["lora_b.weight"], (2, 0): ["down.weight"]}
-        gone = missing.get((step, dist.get_rank()), [])
-        for name, p in model.named_parameters():
-            if name in gone:
-                p.grad = None
-            if step == 0 and name == "down.weight":
-                part = torch.zeros_like(local(p)) if p.grad is None else local(p.grad)
-                parts: list[Any] = [None, None]
-                dist.all_gather_object(parts, part)
-                gradients[name] = torch.cat(parts).flatten().tolist()
+        for name in MISSING.get((step, dist.get_rank()), []):
+            model.get_parameter(name).grad = None
         optimizer.step()
-    return {**report(model, optimizer), "gradients": gradients}
+    return report(model, optimizer)
 
 
 def fsdp2_not_finite(subject: Subject, _: Path) -> dict[str, Any]:
     """One rank's shard of one block is NaN in the first step: nobody touches that block, everybody warns."""
     model = shard(build(frozen=subject.frozen), init_device_mesh("cpu", (2,)))
-    optimizer = subject.make(model.parameters())
+    optimizer = subject.make(model, "raw")
     before = weights(model)
     tokens, targets = batch(0)
     (model(tokens[rows()], use_late=False) - targets[rows()]).square().mean().backward()
@@ -259,7 +283,7 @@ def fsdp2_monitor(subject: Subject, _: Path) -> dict[str, Any]:
 def tensor_parallel(subject: Subject, _: Path) -> dict[str, Any]:
     """Without FSDP: the norm's gradients are partial sums, the other blocks' are split by columns or by rows."""
     model = parallelize(build(TwoLayers), init_device_mesh("cpu", (2,)))
-    optimizer = subject.make(model.parameters(), "adamw")
+    optimizer = subject.make(model, "adamw")
     train(model, optimizer, range(STEPS), late_step=subject.late_step)
     return report(model, optimizer)
 
@@ -284,7 +308,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
 def hsdp(subject: Subject, _: Path) -> dict[str, Any]:
     model = shard(build(frozen=subject.frozen), init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
-    optimizer = subject.make(model.parameters(), "adamw")
+    optimizer = subject.make(model, "adamw")
     train(model, optimizer, range(STEPS), rows(), late_step=subject.late_step)
     return report(model, optimizer)
 
@@ -294,7 +318,7 @@ def fsdp2_tensor_parallel(subject: Subject, _: Path) -> dict[str, Any]:
     model = parallelize(build(TwoLayers), mesh["tp"])
     fully_shard(model.up, mesh=mesh["dp"])
     fully_shard(model, mesh=mesh["dp"])
-    optimizer = subject.make(model.parameters(), "adamw")
+    optimizer = subject.make(model, "adamw")
     placements = {name: str(p.placements) for name, p in model.named_parameters() if isinstance(p, DTensor)}
     train(model, optimizer, range(1), rows(mesh["dp"].get_group()), late_step=subject.late_step)
     params = list(model.parameters())
@@ -316,7 +340,7 @@ def save_sharded(subject: Subject, folder: Path) -> dict[str, Any]:
 def save_checkpoint(
     folder: Path, processes: int, subject: Subject, model: nn.Module, part: slice = slice(None)
 ) -> dict[str, Any]:
-    optimizer = subject.make(model.parameters(), "adamw")
+    optimizer = subject.make(model, "adamw")
     train(model, optimizer, range(SAVED_AT), part, late_step=subject.late_step)
     state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
     dcp.save(state, checkpoint_id=folder / f"sharded_from_{processes}")
@@ -342,7 +366,7 @@ def load_sharded(subject: Subject, folder: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(path: Path, subject: Subject, model: nn.Module, part: slice = slice(None)) -> dict[str, Any]:
-    optimizer = subject.make(model.parameters(), "adamw")
+    optimizer = subject.make(model, "adamw")
     options = StateDictOptions(full_state_dict=path.is_file())
     if path.is_file():
         state = torch.load(path, weights_only=True)
@@ -361,16 +385,16 @@ Check = Callable[[Subject, Path], dict[str, Any]]
 CHECKS: dict[int, list[Check]] = {
     2: [
         ddp,
+        ddp_float64,
         ddp_idle_expert,
         fsdp2_raw,
         fsdp2_max,
         fsdp2_adamw,
-        fsdp2_floor,
-        fsdp2_clip,
         fsdp2_float64,
         fsdp2_by_accelerate,
         fsdp1,
         fsdp2_costs,
+        fsdp2_measure,
         fsdp2_ranks_without_gradient,
         fsdp2_not_finite,
         fsdp2_monitor,
@@ -380,16 +404,8 @@ CHECKS: dict[int, list[Check]] = {
     ],
     4: [hsdp, fsdp2_tensor_parallel, save_sharded, load_sharded],
 }
-# It has one scaling only; with a gradient missing on one rank its collectives would wait for ever.
-NOT_FOR_AUTHORS = (
-    fsdp2_max,
-    fsdp2_adamw,
-    fsdp2_floor,
-    fsdp2_clip,
-    fsdp2_by_accelerate,
-    fsdp2_ranks_without_gradient,
-    fsdp2_monitor,
-)
+# What the authors' release is put through: it has one scaling only, and cannot do the rest.
+FOR_AUTHORS = (ddp, ddp_idle_expert, fsdp2_raw, fsdp1, fsdp2_costs, fsdp2_not_finite, tensor_parallel)
 
 
 def main() -> None:
@@ -402,7 +418,7 @@ def main() -> None:
         own = folder / which
         own.mkdir(exist_ok=True, parents=True)
         for check in CHECKS[dist.get_world_size()]:
-            if which == "authors" and check in NOT_FOR_AUTHORS:
+            if which == "authors" and check not in FOR_AUTHORS:
                 continue
             results[which][check.__name__] = on_every_rank(check, subject, own)
     if dist.get_rank() == 0:
