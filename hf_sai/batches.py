@@ -145,7 +145,7 @@ class Batch:
         params = [to_local(m.param) for m in self.members]
         columns = None if isinstance(first.param, Segment) else self.column_factor
         return Blocks(
-            params, grads, self.momentum, scale, self.columns, self.rows, columns, momentum_scale, counter, first.seed
+            params, grads, self.momentum, scale, self.columns, self.rows, momentum_scale, counter, first.seed, columns
         )  # fmt: skip
 
     def mean_squares(self, grads: Sequence[Tensor | None], layout: Channels, scale: Tensor) -> Tensor:

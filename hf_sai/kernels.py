@@ -40,11 +40,11 @@ class Blocks(NamedTuple):
         scale: (blocks, *shape with the dimensions of a channel reduced to 1), float32.
         columns: the length of a row of each matrix.
         rows: the rows of each matrix where a channel is a column, 0 where it is a row.
-        column_factor: (1, 1, columns), float32: what elements of a column are multiplied by besides; such blocks are
-            alone.
         momentum_scale: float32, with an int8 momentum only; such blocks are alone.
         counter: updates so far, 0-dim int64; None where nothing is rounded stochastically; such blocks are alone.
         seed: distinguishes the random bits of blocks.
+        column_factor: (1, 1, columns), float32: what elements of a column are multiplied by besides; such blocks are
+            alone.
     """
 
     params: Sequence[Tensor]
@@ -53,10 +53,10 @@ class Blocks(NamedTuple):
     scale: Tensor
     columns: int
     rows: int
-    column_factor: Tensor | None = None
     momentum_scale: Tensor | None = None
     counter: Tensor | None = None
     seed: int = 0
+    column_factor: Tensor | None = None
 
 
 def update_plain(many: Sequence[Blocks], hyper: Hyper) -> None:

@@ -101,25 +101,25 @@ def _update_piece(
         g = g * tl.load(scale_ptr)
     else:
         # Only the first element of a tile needs 64 bits: the others are less than a tile away.
-        row = column // columns  # of the first element of the piece, counted from the tile's
-        column = column - row * columns + offsets
+        rows_before = column // columns  # of the first element of the piece, counted from the tile's
+        at = column - rows_before * columns + offsets
         if columns >= PIECE:  # a piece is in two rows at most
-            wraps = column >= columns
-            column = tl.where(wraps, column - columns, column)
-            row = row + wraps.to(tl.int32)
+            wraps = at >= columns
+            at_column = tl.where(wraps, at - columns, at)
+            row = rows_before + wraps.to(tl.int32)
         else:
-            row = row + column // columns
-            column = column % columns
+            row = rows_before + at // columns
+            at_column = at % columns
         if kind == 0:  # a row is a channel
             channel = first_row + row
         elif kind == -2:  # a column is a channel
-            channel = column.to(tl.int64)
+            channel = at_column.to(tl.int64)
         else:  # a column of one of several matrices of `kind` rows
-            row = (first_row % kind).to(tl.int32) + row
-            channel = (first_row // kind + row // kind) * columns + column
+            row_of_stack = (first_row % kind).to(tl.int32) + row
+            channel = (first_row // kind + row_of_stack // kind) * columns + at_column
         g = g * tl.load(scale_ptr + channel, mask=mask, other=other)
         if COLUMNS:
-            g = g * tl.load(column_factor_ptr + column, mask=mask, other=other)
+            g = g * tl.load(column_factor_ptr + at_column, mask=mask, other=other)
     if LIMITED:  # NaN stays NaN
         g = tl.where(g > limit, limit, g)
         g = tl.where(g < -limit, -limit, g)
