@@ -289,7 +289,7 @@ def _stacklevel_of_user() -> int:
     while frame.f_back is not None:
         frame, level = frame.f_back, level + 1
         if str(frame.f_globals.get("__name__", "")).partition(".")[0] not in libraries:
-            return level - 1
+            return level
     return 2
 
 

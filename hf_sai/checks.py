@@ -1,5 +1,6 @@
 """Checks of parameters and state dicts. Each error names the entry, the value, the rule and the remedy."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,6 +39,21 @@ def check_whole(p: Tensor, name: str) -> None:
         )
     if hasattr(p, "ds_id"):
         raise ValueError(f"{name} is partitioned by DeepSpeed ZeRO 3, which hides what a block is; {INSTEAD}")
+
+
+def check_whole_model(group: Mapping[str, Any]) -> None:
+    """Raise ValueError for ``scaling="max"`` where this process holds only some of the parameters.
+
+    ZeroRedundancyOptimizer leaves no other trace on the optimizers that it makes than that it calls them.
+    """
+    frame = sys._getframe(1) if group["scaling"] == "max" else None
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.distributed.optim.zero_redundancy_optimizer":
+            raise ValueError(
+                "scaling='max' compares the blocks of the whole model, and ZeroRedundancyOptimizer gives each process "
+                "some of them; use scaling='adamw' or 'raw'"
+            )
+        frame = frame.f_back
 
 
 def block_name(group: Mapping[str, Any], index: int) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hf_sai.batches import Batch, GroupBatches, Member, State
 from hf_sai.calibration import LIMIT, WINDOW, Work, measures
-from hf_sai.checks import block_name, check_parameters
+from hf_sai.checks import block_name, check_parameters, check_whole_model
 from hf_sai.kernels import Blocks
 from hf_sai.options import Hyper
 from hf_sai.shards import gradient, is_sharded, shard_number, to_local
@@ -164,6 +164,7 @@ def _check_dense(grad: Tensor | None, name: str) -> None:
 def check_group_params(group: dict[str, Any]) -> None:
     """Raise ValueError for a parameter that cannot be trained, or not in the way that the group asks for."""
     check_parameters(group)
+    check_whole_model(group)
     for i, p in enumerate(group["params"]):
         if group["fused"] and (reason := why_not_fused(p)):
             raise ValueError(f"fused=True is impossible for {block_name(group, i)}: {reason}; leave it None")
@@ -201,7 +202,9 @@ def update(work: Sequence[Work | Prepared]) -> None:
             continue
         for part in _in_phase(w):
             grads = [g for g in part.grads if g is not None]
-            if grads and grads[0].numel() and (part.batch.members[0].count or part.kinds[0] != "nonfinite"):
+            # At a learning rate of 0, as in the dummy step of torch.distributed.checkpoint, nothing can change.
+            waits = not part.batch.members[0].count and (part.kinds[0] == "nonfinite" or not float(w.group["lr"]))
+            if grads and grads[0].numel() and not waits:
                 batches.setdefault((id(w.group), _hyper(w.group, part.weight())), []).append(part.batch.blocks(grads))
             for m in part.batch.members:
                 m.starts = False

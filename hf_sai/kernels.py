@@ -276,7 +276,7 @@ def _within_memory(many: Sequence[Blocks]) -> Iterator[list[Blocks]]:
 
 
 def _store(target: Tensor, values: Tensor, bits: Tensor | None) -> None:
-    """Write float32 values, rounded to nearest, or with ``bits`` stochastically if the target is bfloat16."""
+    """Write wide values, rounded to nearest, or with ``bits`` stochastically if the target is bfloat16."""
     if bits is not None and target.dtype == torch.bfloat16:
-        values = stochastic_bfloat16(values, bits)
+        values = stochastic_bfloat16(values.float(), bits)
     target.copy_(values)

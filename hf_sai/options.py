@@ -80,10 +80,10 @@ def check_group(group: Mapping[str, Any]) -> None:
 
 
 def _check_number(name: str, value: Any, *, below: float = math.inf) -> None:
-    """Python and numpy numbers and one-element tensors and arrays are numbers; truth values are none."""
+    """Python and numpy numbers, one-element tensors and 0-dim arrays are numbers; truth values are none."""
     rule = f"in [0, {below:g})" if below < math.inf else "a finite number >= 0"
-    elements = value.numel() if isinstance(value, Tensor) else getattr(value, "size", 0)
-    number = value.item() if elements == 1 and hasattr(value, "item") else value
+    elements = value.numel() if isinstance(value, Tensor) else 1 if getattr(value, "ndim", None) == 0 else 0
+    number = value.item() if elements == 1 else value
     if isinstance(number, bool) or not isinstance(number, numbers.Real):
         raise ValueError(f"{name} must be {rule}, got {value!r}")
     if not 0.0 <= float(number) < below:

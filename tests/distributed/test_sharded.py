@@ -103,7 +103,22 @@ def test_the_numbers_of_one_process(
     assert all(rank[key] == ranks[0][key] for rank in ranks for key in ("gsnr", "scale", "weights"))
 
 
-@pytest.mark.xfail(reason="scale_of_block averages over the channels of this process only")
+def test_zero_redundancy_optimizer_trains_as_one_process(two: Any) -> None:
+    expected = one_process("adamw")
+    first, second = two["hf_sai"]["zero_redundancy"]
+    assert first == second
+    assert largest_difference(first["weights"], expected.weights) < expected.tolerance
+
+
+def test_what_compares_all_blocks_is_refused_or_right_under_zero_redundancy_optimizer(two: Any) -> None:
+    expected = one_process("max")
+    for rank in two["hf_sai"]["zero_redundancy_max"]:
+        if "error" in rank:
+            assert "scaling='max'" in rank["error"]
+        else:
+            assert largest_difference(rank["weights"], expected.weights) < expected.tolerance
+
+
 @pytest.mark.parametrize("check", ["fsdp2_adamw", "tensor_parallel"])
 def test_the_table_is_the_same_on_every_process(two: Any, check: str) -> None:
     first, second = two["hf_sai"][check]

@@ -103,6 +103,25 @@ def ddp(subject: Subject, _: Path) -> dict[str, Any]:
     return report(model, optimizer)
 
 
+def zero_redundancy(subject: Subject, _: Path) -> dict[str, Any]:
+    return zero_redundancy_by(subject, "adamw")
+
+
+def zero_redundancy_max(subject: Subject, _: Path) -> dict[str, Any]:
+    return zero_redundancy_by(subject, "max")
+
+
+def zero_redundancy_by(subject: Subject, scaling: str) -> dict[str, Any]:
+    """Every process steps some of the parameters: it knows the scales of no other."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # importing it warns
+
+    model = build()
+    optimizer = ZeroRedundancyOptimizer(groups(model, scaling), SGDSaI, **settings(scaling))
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    train(model, optimizer, range(STEPS), rows(), forward=wrapped, late_step=subject.late_step)
+    return {"weights": weights(model)}
+
+
 def ddp_idle_expert(subject: Subject, _: Path) -> dict[str, Any]:
     """Each rank uses `late` in steps of its own; where no rank does, its gradient is None."""
     model = build(frozen=subject.frozen)
@@ -386,6 +405,8 @@ CHECKS: dict[int, list[Check]] = {
     2: [
         ddp,
         ddp_float64,
+        zero_redundancy,
+        zero_redundancy_max,
         ddp_idle_expert,
         fsdp2_raw,
         fsdp2_max,
