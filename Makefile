@@ -27,10 +27,10 @@ $(VENV)/.diffusion: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/.recipes  ## LoRA on E2E-style data, SGD-SaI beside AdamW; DATA=folder for the real E2E set
-	$(BIN)/python recipes/demo.py $(if $(DATA),--data $(DATA))
+	$(BIN)/python -m recipes.demo $(if $(DATA),--data $(DATA))
 
 demo-diffusion: $(VENV)/.diffusion  ## concept LoRA on a toy world, optimizers at three learning rates each; goes on if killed
-	$(BIN)/python recipes/diffusion_demo.py
+	$(BIN)/python -m recipes.diffusion_demo
 
 test: $(VENV)/.dev  ## the whole suite less the tests marked slow
 	$(PYTEST) -n 2 --dist loadfile -m "not slow and not cuda" $(ARGS)

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from hf_sai.channels import Channels, channel_index, channels, matrix_layout
+from hf_sai.channels import Channels, channel_index, channels, column_channels, matrix_layout
 from hf_sai.kernels import Blocks
 from hf_sai.shards import Segment, is_sharded, to_local
 
+# Entries of the state whose tensors the batches hold.
+_HELD = ("momentum_buffer", "momentum_scale", "scale", "column_scale", "rounding_step")
 # Elements of the largest block whose state is stacked.
 _SMALL = 1 << 16
 # Elements of the largest batch of several blocks.
@@ -56,6 +58,9 @@ class Batch:
         momentum: (members, *local shape), None where momentum is 0.
         scale: (members, *local shape of the scales), float32.
         counts: (members,) int64, their ``calibration_step``.
+        column_channels: the columns of a matrix of token rows, which is alone in its batch; None for other blocks.
+        column_scale: (1, *local shape of their scales), float32.
+        column_factor: as ``column_scale``, for the update: relative to the mean over the columns.
     """
 
     def __init__(
@@ -67,10 +72,36 @@ class Batch:
         first = members[0].param
         self.dtype, self.sharded = to_local(first).dtype, is_sharded(first)
         self.is_plain = type(first) in (Parameter, Tensor)
+        self.column_channels: Channels | None = None
+        self.column_scale: Tensor | None = None
+        self.column_factor: Tensor | None = None
         if isinstance(first, Segment):
             self.columns, self.rows = 1, 0
         else:
             self.columns, self.rows = matrix_layout(to_local(first).shape, layout.dims)
+
+    def add_columns(self, layout: Channels, column_scale: Tensor) -> None:
+        """Make the columns of the one block channels, too."""
+        m = self.members[0]
+        split = [s.shape != to_local(s).shape for s in (m.state["scale"], m.state["column_scale"])]
+        if all(split):
+            raise ValueError(
+                f"token_rows=True does not support {m.name}, which is split over processes in both of its dimensions; "
+                "leave it False for this parameter"
+            )
+        self._columns_split = split[1]
+        self.column_channels, self.column_scale = layout, column_scale
+        self.column_factor = torch.zeros_like(column_scale)
+        self.refresh_columns()
+
+    def refresh_columns(self) -> None:
+        """Make ``column_factor`` from the scales."""
+        if self.column_scale is None or self.column_factor is None:
+            return
+        # The mean of g^2 over the rows is that over the columns; one of them is whole on this process.
+        whole = self.scale if self._columns_split else self.column_scale
+        mean = torch.where(whole > 0, 1.0 / whole, torch.zeros_like(whole)).square().mean()
+        torch.mul(self.column_scale, mean.sqrt(), out=self.column_factor)
 
     def is_early(self, window: int) -> bool:
         """Whether a block has had fewer usable gradients than ``window``."""
@@ -104,33 +135,41 @@ class Batch:
         scale = self.scale
         if isinstance(first.param, Segment):
             s = first.param
-            scale = scale[0, channel_index(s.start, s.part.numel(), s.shape, self.channels.dims, scale.device)][None]
+            size, device = s.part.numel(), scale.device
+            scale = scale[0, channel_index(s.start, size, s.shape, self.channels.dims, device)]
+            if self.column_channels is not None and self.column_factor is not None:
+                index = channel_index(s.start, size, s.shape, self.column_channels.dims, device)
+                scale = scale * self.column_factor[0, index]
+            scale = scale[None]
         momentum_scale, counter = first.state.get("momentum_scale"), first.state.get("rounding_step")
         params = [to_local(m.param) for m in self.members]
+        columns = None if isinstance(first.param, Segment) else self.column_factor
         return Blocks(
-            params, grads, self.momentum, scale, self.columns, self.rows, momentum_scale, counter, first.seed
+            params, grads, self.momentum, scale, self.columns, self.rows, momentum_scale, counter, first.seed, columns
         )  # fmt: skip
 
-    def mean_squares(self, grads: Sequence[Tensor | None]) -> Tensor:
+    def mean_squares(self, grads: Sequence[Tensor | None], layout: Channels, scale: Tensor) -> Tensor:
         """The mean of g^2 over each channel: this process's share of it, of the shape of ``scale``, float32 or float64.
 
         Args:
             grads: local gradients; None stands for zeros, on a process that has none of a sharded block.
+            layout: ``channels`` or ``column_channels``.
+            scale: the scales of these.
         """
-        first, dims = self.members[0].param, self.channels.dims
+        first, dims = self.members[0].param, layout.dims
         present = [g for g in grads if g is not None]
         if not present:
-            return torch.zeros_like(self.scale)
+            return torch.zeros_like(scale)
         wide = torch.float64 if present[0].dtype == torch.float64 else torch.float32
         if isinstance(first, Segment):
-            sums = torch.zeros(self.scale.shape[1], dtype=wide, device=self.scale.device)
+            sums = torch.zeros(scale.shape[1], dtype=wide, device=scale.device)
             for start in range(0, present[0].numel(), _CPU_PIECE):
                 piece = present[0][start : start + _CPU_PIECE].to(wide)
                 index = channel_index(first.start + start, piece.numel(), first.shape, dims, piece.device)
                 sums.index_add_(0, index, piece.square())
-            return (sums / self.channels.size)[None]
+            return (sums / layout.size)[None]
         stacked = torch.stack(present) if len(present) > 1 else present[0].unsqueeze(0)
-        return _sum_of_squares(stacked, tuple(d + 1 for d in dims), wide) / self.channels.size
+        return _sum_of_squares(stacked, tuple(d + 1 for d in dims), wide) / layout.size
 
 
 def _sum_of_squares(x: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -138,19 +177,18 @@ def _sum_of_squares(x: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Ten
     if not dims:
         return x.to(dtype).square()
     if x.is_cuda or dims[-1] == x.dim() - 1:
-        return torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=dtype).square()
+        norm: Tensor = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=dtype)
+        return norm.square()
     # On a CPU a norm over columns is fifty times slower than a sum of them.
-    if len(x) > 1 or x.numel() <= _CPU_PIECE or dims != (1,):
-        return torch.stack([_column_squares(matrix, dims[0] - 1, dtype) for matrix in x])
+    if x.numel() <= _CPU_PIECE:
+        return x.to(dtype).square().sum(dims, keepdim=True)
+    if dims[0] == 2:  # a stack of matrices
+        return torch.stack([_sum_of_squares(matrix[None], (1,), dtype)[0] for matrix in x[0]])[None]
     rows = max(1, _CPU_PIECE * x.shape[1] // x.numel())
-    total = torch.zeros(1, *x.shape[2:], dtype=dtype, device=x.device)
+    total = torch.zeros(1, 1, *x.shape[2:], dtype=dtype, device=x.device)
     for i in range(0, x.shape[1], rows):
-        total += _column_squares(x[0, i : i + rows], 0, dtype)
-    return total[None]
-
-
-def _column_squares(x: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype).square().sum(dim, keepdim=True)
+        total += x[:, i : i + rows].to(dtype).square().sum(1, keepdim=True)
+    return total
 
 
 class GroupBatches:
@@ -159,6 +197,9 @@ class GroupBatches:
     Attributes:
         batches: of all parameters with state.
         at: for the index of a parameter with state, its blocks as batches of one; several for a partition.
+        members: of all batches, in order.
+        is_plain: whether none of them is sharded.
+        fused: what the fused path has made of them (see :class:`hf_sai.fused.FusedBlocks`).
     """
 
     def __init__(self, group: dict[str, Any], members: Iterable[Member], idle: list[Tensor]) -> None:
@@ -174,11 +215,20 @@ class GroupBatches:
         for batch in self.batches:
             for m, single in zip(batch.members, batch.singles(), strict=True):
                 self.at.setdefault(m.index, []).append(single)
+        self.members = [m for b in self.batches for m in b.members]
+        self.is_plain = all(b.is_plain for b in self.batches)
+        self.fused: Any = None
+        self._settled = False
         self._params, self._idle, self._options = list(group["params"]), idle, layout_options(group)
         self._plain = [(m.param, b.dtype) for b in self.batches for m in b.members if isinstance(m.param, Parameter)]
         own = [m for b in self.batches for m in b.members if not isinstance(m.param, Segment)]
         self._states = [(m.param, m.state) for m in own]
-        self._held = [(m.state.get, key, m.state.get(key)) for m in own for key in ("momentum_buffer", "scale")]
+        self._held = [(m.state.get, key, m.state.get(key)) for m in own for key in _HELD if key in m.state]
+
+    def is_settled(self, window: int) -> bool:
+        """Whether no block is early any more."""
+        self._settled = self._settled or not any(b.is_early(window) for b in self.batches)
+        return self._settled
 
     def is_current(self, group: dict[str, Any], states: Any) -> bool:
         """Whether the parameters, the options and the state are those that the batches were made from."""
@@ -187,10 +237,10 @@ class GroupBatches:
             len(params) == len(self._params)
             and all(map(is_, params, self._params))
             and self._options == layout_options(group)
-            and all([p.grad is None for p in self._idle])
-            and all([states.get(p) is state for p, state in self._states])
-            and all([get(key) is tensor for get, key, tensor in self._held])
-            and all([p.dtype is dtype for p, dtype in self._plain])
+            and all(p.grad is None for p in self._idle)
+            and all(states.get(p) is state for p, state in self._states)
+            and all(get(key) is tensor for get, key, tensor in self._held)
+            and all(p.dtype is dtype for p, dtype in self._plain)
         )
 
 
@@ -210,10 +260,10 @@ def _in_cache(same: list[Member]) -> Iterator[list[Member]]:
 def _stacks(m: Member) -> bool:
     """Whether the state of a block may be a view of that of a batch."""
     p = m.param
-    if type(p) not in (torch.nn.Parameter, Tensor) or not p.is_cpu or p.numel() > _SMALL:
+    if isinstance(p, Segment) or type(p) not in (Parameter, Tensor) or not p.is_cpu or p.numel() > _SMALL:
         return False
     buffer = m.state.get("momentum_buffer")
-    return "rounding_step" not in m.state and (buffer is None or buffer.dtype != torch.int8)
+    return not {"rounding_step", "column_scale"} & m.state.keys() and (buffer is None or buffer.dtype != torch.int8)
 
 
 def _batch(same: list[Member], group: dict[str, Any]) -> Batch:
@@ -222,7 +272,11 @@ def _batch(same: list[Member], group: dict[str, Any]) -> Batch:
     scales, counts = [to_local(m.state["scale"]) for m in same], [m.state["calibration_step"] for m in same]
     if len(same) == 1:
         momentum = buffers[0].unsqueeze(0) if buffers else None
-        return Batch(same, layout, momentum, scales[0].unsqueeze(0), counts[0].unsqueeze(0))
+        batch = Batch(same, layout, momentum, scales[0].unsqueeze(0), counts[0].unsqueeze(0))
+        columns = column_channels(same[0].param.shape, group["scaling"], group["token_rows"])
+        if columns is not None:
+            batch.add_columns(columns, to_local(same[0].state["column_scale"]).unsqueeze(0))
+        return batch
     momentum, scale, count = torch.stack(buffers) if buffers else None, torch.stack(scales), torch.stack(counts)
     for i, m in enumerate(same):
         m.state["scale"], m.state["calibration_step"] = scale[i], count[i]

@@ -2,10 +2,12 @@
 
 A gradient is usable if it is finite and not all zero. The first one of a block gives its g-SNR, which under the paper's
 scalings is all that its scale needs. Under ``scaling="adamw"`` the scale of a channel is ``1 / (sqrt(v) + eps)``, where
-``v`` is the mean of the channel's ``g^2`` over its first ``WINDOW`` usable gradients, and over all so far within that
-window. Afterwards ``v`` follows slowly: every ``INTERVAL`` steps a gradient counts as one of ``WINDOW``. The channels of
-token rows are measured in every step, and a row without a gradient counts as a zero, because how often a token occurs
-is what its scale has to make up for.
+``v`` is the mean of the channel's ``g^2`` over its first ``WINDOW`` usable gradients, and over those so far within that
+window. Afterwards ``v`` follows slowly: every ``INTERVAL`` steps a gradient counts as one of ``WINDOW``.
+
+In a matrix of token rows both its rows and its columns are channels. The scale of an element is that of its row times
+that of its column, relative to the mean over the columns. A row without a gradient counts as a zero, because how often
+a token occurs is what its scale has to make up for.
 
 Nothing here depends on the learning rate, nor, but for ``scaling="max"``, on other blocks.
 """
@@ -14,13 +16,14 @@ import logging
 import math
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_sai.batches import Batch, Member
+from hf_sai.channels import Channels
 from hf_sai.gsnr import BlockStatistics, measure, measure_stacked, paper_scales, sum_over_processes
 from hf_sai.shards import reduction_groups
 from hf_sai.update import fused_moments
@@ -29,10 +32,9 @@ from hf_sai.update import fused_moments
 WINDOW = 60
 # Steps between measurements after the window.
 INTERVAL = 10
-# Measurements that the scale of a token row averages.
-TOKEN_WINDOW = 1000
-# What an element of a scaled gradient is bounded by: in units of the root mean square of its channel.
-LIMIT = 10.0
+# What an element of a scaled gradient is bounded by: in units of the root mean square of its channel. Adam bounds its
+# updates by about as much, 1 / sqrt(1 - beta2).
+LIMIT = 30.0
 # Steps after which a block that still has had no usable gradient is named.
 _PATIENCE = 100
 
@@ -79,7 +81,7 @@ class Calibration:
 
         Args:
             work: in the same order on every process.
-            largest_gsnr: of the blocks with ``scaling="max"`` that are calibrated; asked for when another one is.
+            largest_gsnr: finds that of the calibrated blocks with ``scaling="max"``.
 
         Raises:
             RuntimeError: for a block without a scale under CUDA graph capture.
@@ -107,7 +109,6 @@ class Calibration:
         """Measure the g-SNR of blocks that have none."""
         members = [w.batch.members[i] for w, i in pairs]
         statistics = _statistics(pairs)
-        largest = largest_gsnr() if any(w.group["scaling"] == "max" for w, _ in pairs) else 0.0
         usable: list[tuple[Work, Member, float]] = []
         for (w, i), m, s in zip(pairs, members, statistics, strict=True):
             w.kinds[i] = "usable" if s.kind == "constant" else s.kind
@@ -116,6 +117,7 @@ class Calibration:
                 usable.append((w, m, s.gsnr))
         for scaling in ("raw", "max"):
             chosen = [(m, gsnr) for w, m, gsnr in usable if w.group["scaling"] == scaling]
+            largest = largest_gsnr() if chosen and scaling == "max" else 0.0
             values = paper_scales([gsnr for _, gsnr in chosen], scaling, largest)
             for (m, _), scale in zip(chosen, values, strict=True):
                 m.state["scale"].fill_(scale)
@@ -138,7 +140,7 @@ class Calibration:
         )
         if self._steps >= _PATIENCE:
             self._warn_about(
-                f"has had no usable gradient in {_PATIENCE} steps: all of them were zero or not finite; it does not train",
+                f"has had no usable gradient in {_PATIENCE} steps, only zeros or NaN; it does not train",
                 [m.name for (w, i), m in zip(pairs, members, strict=True)
                  if w.kinds[i] != "usable" and w.grads[i] is not None],
             )  # fmt: skip
@@ -174,42 +176,49 @@ def _statistics(pairs: Sequence[tuple[Work, int]]) -> list[BlockStatistics]:
 
 def is_due(w: Work) -> bool:
     """Whether the channels of a batch are measured in this step; the same on every process."""
-    return w.group["token_rows"] or (w.group["step"] + 1) % INTERVAL == 0 or w.batch.is_early(WINDOW)
+    return measures(w.group) or w.batch.is_early(WINDOW)
+
+
+def measures(group: Mapping[str, Any]) -> bool:
+    """Whether the channels of all blocks of a group are measured in this step."""
+    return (int(group["step"]) + 1) % INTERVAL == 0
+
+
+class _Measured(NamedTuple):
+    """The mean squares of the channels of one batch, rows or columns."""
+
+    work: Work
+    layout: Channels
+    scale: Tensor
+    squares: Tensor
 
 
 def _measure_channels(due: Sequence[Work]) -> None:
     """Fold the gradients of this step into the scales of their channels."""
-    squares = [w.batch.mean_squares(w.grads) for w in due]
-    _count_tokens(due)
-    early = [i for i, w in enumerate(due) if w.batch.is_early(1 if w.group["token_rows"] else WINDOW)]
-    if early:
-        _count([due[i] for i in early], [squares[i] for i in early])
-    _reduce(due, squares)
-    # One set of operations for each kind of weight, over the channels of all blocks together.
-    for token_rows in (False, True):
-        chosen = [(w, x) for w, x in zip(due, squares, strict=True) if w.group["token_rows"] is token_rows]
-        by_place: dict[tuple[torch.device, float], list[tuple[Tensor, Tensor, float]]] = {}
-        for w, x in chosen:
-            key = (w.batch.scale.device, float(w.group["eps"]))
-            members = w.batch.members
-            if w.batch.is_uniform() and w.kinds.count("usable") == len(members):
-                by_place.setdefault(key, []).append((w.batch.scale, x, 1.0 / max(1, members[0].count)))
-                continue
-            for i, m in enumerate(members):
-                if w.kinds[i] == "usable":
-                    by_place.setdefault(key, []).append((w.batch.scale[i], x[i], 1.0 / max(1, m.count)))
-        for (_, eps), rows in by_place.items():
-            _fold(rows, eps, zeros_count=token_rows)
-
-
-def _count_tokens(due: Sequence[Work]) -> None:
-    """Count every gradient of calibrated token rows: one that is zero counts for them."""
+    measured = []
     for w in due:
-        for m in w.batch.members if w.group["token_rows"] else ():
-            if 0 < m.count < TOKEN_WINDOW:
-                m.count += 1
-        if w.group["token_rows"]:
-            w.batch.store_counts()
+        b = w.batch
+        measured.append(_Measured(w, b.channels, b.scale, b.mean_squares(w.grads, b.channels, b.scale)))
+        if b.column_channels is not None and b.column_scale is not None:
+            squares = b.mean_squares(w.grads, b.column_channels, b.column_scale)
+            measured.append(_Measured(w, b.column_channels, b.column_scale, squares))
+    early = [m for m in measured if m.work.batch.is_early(WINDOW) and m.scale is m.work.batch.scale]
+    if early:
+        _count([m.work for m in early], [m.squares for m in early])
+    # One set of operations for all channels of a device.
+    rows: dict[tuple[bool, float, torch.device], list[tuple[Tensor, Tensor, float]]] = {}
+    for w, _, scale, x in _reduced(measured):
+        members = w.batch.members
+        own = rows.setdefault((w.group["token_rows"], float(w.group["eps"]), scale.device), [])
+        if w.batch.is_uniform() and w.kinds.count("usable") == len(members):
+            own.append((scale, x, 1.0 / max(1, members[0].count)))
+            continue
+        own += [(scale[i], x[i], 1.0 / max(1, m.count)) for i, m in enumerate(members) if w.kinds[i] == "usable"]
+    for (token_rows, eps, _), own in rows.items():
+        if own:
+            _fold(own, eps, zeros_count=token_rows)
+    for w in due:
+        w.batch.refresh_columns()
 
 
 def _count(works: Sequence[Work], squares: Sequence[Tensor]) -> None:
@@ -232,22 +241,27 @@ def _count(works: Sequence[Work], squares: Sequence[Tensor]) -> None:
         w.batch.store_counts()
 
 
-def _reduce(due: Sequence[Work], squares: list[Tensor]) -> None:
-    """Sum each channel over the processes that hold parts of it, one collective for each group of processes."""
-    sharded = [i for i, w in enumerate(due) if w.batch.sharded]
-    params = [due[i].batch.members[0].param for i in sharded]
-    dims = [due[i].batch.channels.dims for i in sharded]
+def _reduced(measured: Sequence[_Measured]) -> list[_Measured]:
+    """The same, summed over the processes that hold parts of a channel: one collective for each group of processes."""
+    results = list(measured)
+    sharded = [i for i, m in enumerate(measured) if m.work.batch.sharded]
+    params = [measured[i].work.batch.members[0].param for i in sharded]
+    dims = [measured[i].layout.dims for i in sharded]
     for group, (members, device) in reduction_groups(params, dims).items():
-        parts = [squares[sharded[k]] for k in members]
+        parts = [results[sharded[k]].squares for k in members]
         flat = torch.cat([x.reshape(-1).double() for x in parts]).to(device)
         torch.distributed.all_reduce(flat, group=group)
-        for k, summed in zip(members, flat.split([x.numel() for x in parts]), strict=True):
-            own = squares[sharded[k]]
-            squares[sharded[k]] = summed.to(own.device).view_as(own)
+        summed = torch.split(flat, [x.numel() for x in parts])
+        for k, own, total in zip(members, parts, summed, strict=True):
+            results[sharded[k]] = results[sharded[k]]._replace(squares=total.to(own.device).view_as(own))
+    return results
 
 
 def _fold(rows: Sequence[tuple[Tensor, Tensor, float]], eps: float, *, zeros_count: bool) -> None:
-    """Average the mean squares of one more gradient into scales; without host synchronisation after the window."""
+    """Average the mean squares of one more gradient into scales ``1 / (root of the average + eps)``.
+
+    There is no host synchronisation where all weights are equal, as they are after the window.
+    """
     scales = [s for s, _, _ in rows]
     old = torch.cat([s.reshape(-1) for s in scales])
     new = torch.cat([x.reshape(-1).to(old.device, torch.float32) for _, x, _ in rows])
@@ -264,7 +278,8 @@ def _fold(rows: Sequence[tuple[Tensor, Tensor, float]], eps: float, *, zeros_cou
     result = 1.0 / (average.sqrt_() + eps)
     keep = new.isfinite() & ((new > 0) | known) if not zeros_count else new.isfinite()
     result = torch.where(keep, result, old)
-    torch._foreach_copy_(scales, [r.view_as(s) for s, r in zip(scales, result.split([s.numel() for s in scales]), strict=True)])  # fmt: skip
+    parts = torch.split(result, [s.numel() for s in scales])
+    torch._foreach_copy_(scales, [part.view_as(s) for s, part in zip(scales, parts, strict=True)])
 
 
 def _stacklevel_of_user() -> int:

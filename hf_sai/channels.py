@@ -2,7 +2,8 @@
 
 A channel is an index of the longer dimension of a matrix. A convolution is the matrix (outputs, inputs x kernel). A
 tensor of three dimensions whose last two are both at least 16 is a stack of matrices (the experts of a mixture). A
-vector or a scalar is one channel. In a group of token rows (embeddings and heads) each row of the matrix is a channel.
+vector or a scalar is one channel. In a group of token rows (embeddings and heads) each row of a matrix is a channel,
+and so is each column: the scale of an element is made from both.
 
 Scales have the shape of the block with the dimensions of a channel reduced to 1, so that they broadcast against it and
 are split over processes as it is.
@@ -41,6 +42,13 @@ def channels(shape: torch.Size, scaling: str = "adamw", token_rows: bool = False
     reduced = tuple(range(first + 1, dims)) if token_rows or rows >= columns else (first,)
     scales = torch.Size([1 if d in reduced else n for d, n in enumerate(shape)])
     return Channels(scales, reduced, shape.numel() // max(1, scales.numel()))
+
+
+def column_channels(shape: torch.Size, scaling: str = "adamw", token_rows: bool = False) -> Channels | None:
+    """The columns of a matrix of token rows, None for any other block."""
+    if scaling != "adamw" or not token_rows or len(shape) != 2:
+        return None
+    return Channels(torch.Size([1, shape[1]]), (0,), shape[0])
 
 
 def matrix_layout(shape: torch.Size, dims: tuple[int, ...]) -> tuple[int, int]:

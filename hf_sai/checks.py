@@ -1,16 +1,16 @@
 """Checks of parameters and state dicts. Each error names the entry, the value, the rule and the remedy."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_sai.channels import channels
 from hf_sai.momentum import scale_count
 from hf_sai.options import check_group, momentum_dtype
 from hf_sai.shards import to_local
-from hf_sai.state import STATE
+from hf_sai.state import STATE, scale_shapes
 
 
 def check_parameters(group: Mapping[str, Any]) -> None:
@@ -41,6 +41,21 @@ def check_whole(p: Tensor, name: str) -> None:
         raise ValueError(f"{name} is partitioned by DeepSpeed ZeRO 3, which hides what a block is; {INSTEAD}")
 
 
+def check_whole_model(group: Mapping[str, Any]) -> None:
+    """Raise ValueError for ``scaling="max"`` where this process holds only some of the parameters.
+
+    ZeroRedundancyOptimizer leaves no other trace on the optimizers that it makes than that it calls them.
+    """
+    frame = sys._getframe(1) if group["scaling"] == "max" else None
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.distributed.optim.zero_redundancy_optimizer":
+            raise ValueError(
+                "scaling='max' compares the blocks of the whole model, and ZeroRedundancyOptimizer gives each process "
+                "some of them; use scaling='adamw' or 'raw'"
+            )
+        frame = frame.f_back
+
+
 def block_name(group: Mapping[str, Any], index: int) -> str:
     """The parameter's name where the optimizer has names, else its index and shape."""
     names = group.get("param_names", ())
@@ -50,14 +65,14 @@ def block_name(group: Mapping[str, Any], index: int) -> str:
 
 
 def check_state_dict(
-    groups: list[dict[str, Any]], state_dict: Mapping[str, Any], partitions: Mapping[Tensor, list[int]]
+    groups: list[dict[str, Any]], state_dict: Mapping[str, Any], partitions: Mapping[Tensor, list[torch.Size]]
 ) -> None:
     """Raise ValueError for a state dict that is none, or whose groups or entries do not fit the parameters.
 
     Args:
         groups: of the optimizer.
         state_dict: what is to be loaded.
-        partitions: for each flat partition of DeepSpeed's, the number of channels of each block in it.
+        partitions: for each flat partition of DeepSpeed's, the shapes of the blocks in it.
     """
     saved_groups, saved_state = _check_structure(state_dict)
     sizes, saved_sizes = [len(g["params"]) for g in groups], [len(g["params"]) for g in saved_groups]
@@ -111,32 +126,32 @@ def _check_names(group: Mapping[str, Any], saved_group: Mapping[str, Any]) -> No
         )
 
 
-def _check_entry(entry: Any, p: Tensor, name: str, group: Mapping[str, Any], scale_counts: list[int] | None) -> None:
+def _check_entry(entry: Any, p: Tensor, name: str, group: Mapping[str, Any], blocks: list[torch.Size] | None) -> None:
     """Entries of others, as of an optimizer that wraps this one, are theirs to check."""
     if not isinstance(entry, Mapping):
         raise ValueError(f"the state of {name} must be a dict, the state dict has {entry!r:.80}")
     own = {key: value for key, value in entry.items() if key in STATE}
     if not own:
         return
-    blocks = () if scale_counts is None else (len(scale_counts),)
-    scale_shape = channels(p.shape, group["scaling"], group["token_rows"]).shape
+    number = () if blocks is None else (len(blocks),)
+    scales = scale_shapes(p.shape, group, blocks)
     shapes: dict[str, tuple[int, ...]] = {
-        "gsnr": blocks,
-        "calibration_step": blocks,
-        "scale": tuple(scale_shape) if scale_counts is None else (sum(scale_counts),),
+        "gsnr": number,
+        "calibration_step": number,
+        **{key: tuple(shape) for key, shape in scales.items()},
         "momentum_buffer": tuple(p.shape),
         "momentum_scale": (scale_count(p.numel()),),
         "rounding_step": (),
     }
-    missing = [key for key in ("gsnr", "scale", "calibration_step") if key not in own]
+    missing = [key for key in ("gsnr", *scales, "calibration_step") if key not in own]
     if missing:
         raise ValueError(f"the state of {name} has no {missing[0]!r}: this is not a state dict of this SGDSaI")
     for key, value in own.items():
         if not isinstance(value, Tensor) or value.is_complex():
             raise ValueError(f"{key} of {name} must be a real tensor, the state dict has {value!r:.80}")
-        if tuple(value.shape) != shapes[key]:
+        if tuple(value.shape) != shapes.get(key):
             raise ValueError(
-                f"{key} of {name} must have the shape {shapes[key]}, the state dict has {tuple(value.shape)}: "
+                f"{key} of {name} must have the shape {shapes.get(key)}, the state dict has {tuple(value.shape)}: "
                 "it belongs to another model, or to other options"
             )
         if value.is_meta:
@@ -147,7 +162,7 @@ def _check_entry(entry: Any, p: Tensor, name: str, group: Mapping[str, Any], sca
                 f"{key} of {name} has NaN or infinite elements in the state dict: the run that saved it had diverged; "
                 "load an earlier checkpoint"
             )
-        if key in ("gsnr", "scale", "calibration_step") and (local < 0).any():
+        if key in ("gsnr", *scales, "calibration_step") and (local < 0).any():
             raise ValueError(f"{key} of {name} must not be negative, the state dict has {local.min().item()}")
     buffer, has_int8 = own.get("momentum_buffer"), momentum_dtype(p, group["momentum_dtype"]) == torch.int8
     if buffer is None or not float(group["momentum"]):

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import hf_sai
 from hf_sai.commands import bench, gsnr, score
+from hf_sai.launch import main as launch
 
 
 class Command(Protocol):
@@ -44,13 +45,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="hf-sai", description="Tools around the SGD-SaI optimizer.")
     parser.add_argument("--version", action="version", version=f"hf_sai {hf_sai.__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    subparsers.add_parser("launch", help="run a script or command where optim='sgd_sai' is valid", add_help=False)
     for command in COMMANDS:
         subparser = subparsers.add_parser(command.NAME, help=command.HELP, description=command.__doc__)
         subparser.formatter_class = argparse.RawDescriptionHelpFormatter
         subparser.set_defaults(command=command)
         command.add_arguments(subparser)
 
-    args = parser.parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["launch"]:
+        launch(words[1:])  # whose errors are the script's own
+        return 0
+    args = parser.parse_args(words)
     chosen: Command = args.command
     try:
         chosen.run(args)

@@ -1,18 +1,19 @@
 """Collects the blocks of a step: what has a gradient, its state, and how blocks fall into batches."""
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_sai.batches import Batch, GroupBatches, Member, State
-from hf_sai.calibration import LIMIT, Work
-from hf_sai.checks import block_name, check_parameters
+from hf_sai.calibration import LIMIT, WINDOW, Work, measures
+from hf_sai.checks import block_name, check_parameters, check_whole_model
+from hf_sai.kernels import Blocks
 from hf_sai.options import Hyper
 from hf_sai.shards import gradient, is_sharded, shard_number, to_local
 from hf_sai.state import allocate
-from hf_sai.update import why_not_fused
+from hf_sai.update import prepare, update_blocks, why_not_fused
 from hf_sai.zero import Partitions
 
 States = MutableMapping[Tensor, State]
@@ -25,21 +26,43 @@ class Collector:
         self.partitions = partitions
         self._batches: dict[int, GroupBatches] = {}
 
-    def work(self, group: dict[str, Any], groups: Sequence[dict[str, Any]], states: States) -> Iterator[Work]:
+    def work(
+        self, group: dict[str, Any], groups: Sequence[dict[str, Any]], states: States
+    ) -> "Iterator[Work | Prepared]":
         """The batches of a group with their gradients; blocks without a gradient are left out.
 
         Raises:
             ValueError: for a parameter or a gradient that SGDSaI cannot train with.
         """
-        for batch in self.batches(group, groups, states).batches:
+        held = self.batches(group, groups, states)
+        prepared = self._prepared(group, held)
+        if prepared is not None:
+            yield prepared
+            return
+        for batch in held.batches:
             grads = self._gradients(group, batch)
-            if all([g is not None for g in grads]) and batch.is_uniform():
+            if all(g is not None for g in grads) and batch.is_uniform():
                 yield Work(group, batch, grads)
                 continue
             for single, g in zip(batch.singles(), grads, strict=True):
                 # A process without a gradient still joins the collectives of a sharded block.
                 if g is not None or single.sharded:
                     yield Work(group, single, [g])
+
+    def _prepared(self, group: dict[str, Any], held: GroupBatches) -> "Prepared | None":
+        """A step that measures nothing, by the fused path; None where it has to be another one."""
+        window = WINDOW if group["scaling"] == "adamw" else 1
+        if group["foreach"] or group["fused"] is False or not held.is_plain or not held.is_settled(window):
+            return None
+        if group["scaling"] == "adamw" and measures(group):
+            return None
+        grads: list[Any] = [m.param.grad for m in held.members]  # type: ignore[union-attr]
+        if any(g is None or g.layout is not torch.strided for g in grads):
+            return None
+        if held.fused is None or not held.fused.takes(grads):
+            own = iter(grads)
+            held.fused = prepare([b.blocks([next(own) for _ in b.members]) for b in held.batches], group["fused"])
+        return None if held.fused is None else Prepared(group, held.fused, grads)
 
     def work_of(
         self, group: dict[str, Any], index: int, groups: Sequence[dict[str, Any]], states: States
@@ -62,7 +85,7 @@ class Collector:
 
     def _gradients(self, group: dict[str, Any], batch: Batch) -> "list[Tensor | None]":
         if batch.is_plain:
-            grads = [m.param.grad for m in batch.members]
+            grads = [m.param.grad for m in batch.members]  # type: ignore[union-attr]
         else:
             grads = [self._local_gradient(group, m) for m in batch.members]
         for m, g in zip(batch.members, grads, strict=True):
@@ -114,7 +137,7 @@ class Collector:
         if "scale" not in state:
             self.partitions.recognise(group, index)
         partition = self.partitions.of(p)
-        allocate(state, p, group, block_name(group, index), partition.scale_counts if partition else None)
+        allocate(state, p, group, block_name(group, index), partition.shapes if partition else None)
 
 
 def block_states(
@@ -141,12 +164,56 @@ def _check_dense(grad: Tensor | None, name: str) -> None:
 def check_group_params(group: dict[str, Any]) -> None:
     """Raise ValueError for a parameter that cannot be trained, or not in the way that the group asks for."""
     check_parameters(group)
+    check_whole_model(group)
     for i, p in enumerate(group["params"]):
         if group["fused"] and (reason := why_not_fused(p)):
             raise ValueError(f"fused=True is impossible for {block_name(group, i)}: {reason}; leave it None")
 
 
-def in_phase(w: Work) -> Sequence[Work]:
+def largest_gsnr(groups: Sequence[dict[str, Any]], states: Mapping[Tensor, State]) -> float:
+    """The largest g-SNR of the calibrated blocks with ``scaling="max"``, 0.0 if there is none."""
+    params = [p for group in groups if group["scaling"] == "max" for p in group["params"]]
+    return max((float(states[p]["gsnr"].max()) for p in params if "gsnr" in states.get(p, {})), default=0.0)
+
+
+class Prepared(NamedTuple):
+    """A group in a step that measures nothing.
+
+    Attributes:
+        group: the param group.
+        blocks: all its blocks, as the fused path holds them.
+        grads: their gradients.
+    """
+
+    group: dict[str, Any]
+    blocks: Any
+    grads: list[Any]
+
+
+def update(work: Sequence[Work | Prepared]) -> None:
+    """Update every block that has a gradient and is calibrated, or decays only because its gradient is zero."""
+    batches: dict[tuple[int, Hyper], list[Blocks]] = {}
+    groups = {id(w.group): w.group for w in work}
+    for w in work:
+        if isinstance(w, Prepared):
+            w.blocks.update(w.grads, _hyper(w.group, 1.0 - float(w.group["momentum"])))
+            if w.blocks.counters:
+                torch._foreach_add_(w.blocks.counters, 1)
+            continue
+        for part in _in_phase(w):
+            grads = [g for g in part.grads if g is not None]
+            # At a learning rate of 0, as in the dummy step of torch.distributed.checkpoint, nothing can change.
+            waits = not part.batch.members[0].count and (part.kinds[0] == "nonfinite" or not float(w.group["lr"]))
+            if grads and grads[0].numel() and not waits:
+                batches.setdefault((id(w.group), _hyper(w.group, part.weight())), []).append(part.batch.blocks(grads))
+            for m in part.batch.members:
+                m.starts = False
+    for (group_id, hyper), blocks in batches.items():
+        group = groups[group_id]
+        update_blocks(blocks, hyper, group["foreach"], group["fused"])
+
+
+def _in_phase(w: Work) -> Sequence[Work]:
     """The same blocks in batches whose gradients have one weight in their momentum."""
     if len(w.kinds) == 1 or (w.batch.is_uniform() and len(set(w.kinds)) == 1):
         return (w,)
@@ -156,12 +223,11 @@ def in_phase(w: Work) -> Sequence[Work]:
     return parts
 
 
-def hyper(w: Work) -> Hyper:
+def _hyper(group: dict[str, Any], weight: float) -> Hyper:
     """What the update of some blocks needs besides their tensors."""
-    group = w.group
     return Hyper(
         lr=group["lr"] if isinstance(group["lr"], Tensor) else float(group["lr"]),
-        weight=w.weight(),
+        weight=weight,
         weight_decay=float(group["weight_decay"]),
         limit=LIMIT if group["scaling"] == "adamw" else None,
         maximize=group["maximize"],

@@ -25,7 +25,8 @@ def sgd_sai_from_args(args: TrainingArguments, model: nn.Module | None = None) -
             apply. ``optim_args`` is a string such as ``"momentum=0.9,momentum_dtype=bfloat16"`` or a mapping; its keys
             are the other hyper-parameters of :class:`SGDSaI`, whose defaults hold.
         model: the model that is trained. With it the class names the parameters of the groups that a Trainer gives it,
-            and finds the token rows among them, see :func:`hf_sai.param_groups`. Without it they stay unknown.
+            and finds the token rows among them, see :func:`hf_sai.param_groups`, and a resumed run is compared with its
+            checkpoint. Without it neither is possible.
 
     Returns:
         :class:`SGDSaI`, or with ``model`` a class whose instances are plain ``SGDSaI``, and its keyword arguments.

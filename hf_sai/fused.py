@@ -22,7 +22,8 @@ from hf_sai.triton_kernels import combine_kernel, moments_kernel, update_kernel
 TILE = 8192
 PIECE = 1024
 WARPS = 4
-_COLUMNS = 10  # of the table
+_COLUMNS = 11  # of the table
+_KEPT_TABLES = 8
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TRITON_DTYPES = {
@@ -38,59 +39,109 @@ def update_fused(many: Sequence[Blocks], hyper: Hyper) -> None:
 
     Under CUDA graph capture an ``lr`` that is to change must be a tensor on the device.
     """
-    lr_tensor = hyper.lr if isinstance(hyper.lr, Tensor) and hyper.lr.device == many[0].params[0].device else None
-    lr = float(hyper.lr) if lr_tensor is None else 0.0
-    groups: dict[tuple[Any, ...], list[Blocks]] = {}
-    for b in many:
-        dtypes = (b.params[0].dtype, b.grads[0].dtype, None if b.momentum is None else b.momentum.dtype)
-        groups.setdefault((b.params[0].device, *dtypes), []).append(b)
-    for (device, p_dtype, g_dtype, m_dtype), members in groups.items():
-        rows = [value for b in members for row in _rows(b) for value in row]
-        with _on(device):
-            layout = _layout(tuple(rows[6::_COLUMNS]), TILE, device)
-            table, aligned = _table(tuple(rows), device)
-            update_kernel[(layout.programs,)](
-                table,
-                layout.tiles,
-                table if lr_tensor is None else lr_tensor.to(device),  # the table stands where lr is a number
-                lr,
-                1 - lr * hyper.weight_decay,
-                float(hyper.weight_decay),
-                float(hyper.weight),
-                0.0 if hyper.limit is None else float(hyper.limit),
-                P_DTYPE=_TRITON_DTYPES[p_dtype],
-                G_DTYPE=_TRITON_DTYPES[g_dtype],
-                M_DTYPE=_TRITON_DTYPES[m_dtype or p_dtype],
-                HAS_MOMENTUM=m_dtype is not None,
-                INT8=m_dtype == torch.int8,
-                STOCHASTIC=hyper.stochastic_rounding and torch.bfloat16 in (p_dtype, m_dtype),
-                MAXIMIZE=hyper.maximize,
-                LIMITED=hyper.limit is not None,
-                LR_TENSOR=lr_tensor is not None,
-                ALIGNED=aligned,
-                TILE=TILE,
-                PIECE=PIECE,
-                num_warps=WARPS,
-            )
+    FusedBlocks(many).update([g for b in many for g in b.grads], hyper)
+
+
+class FusedBlocks:
+    """Blocks whose addresses are looked up once; later steps ask only their gradients for theirs.
+
+    Args:
+        many: blocks that fit the fused path.
+    """
+
+    def __init__(self, many: Sequence[Blocks]) -> None:
+        self._params = [p for b in many for p in b.params]
+        self._grad_dtypes = [g.dtype for b in many for g in b.grads]
+        self._addresses = [p.data_ptr() for p in self._params]
+        self.counters = [b.counter for b in many if b.counter is not None]
+        rows = [row for b in many for row in _rows(b)]
+        owners = [b for b in many for _ in b.params]
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for i, (p, g_dtype, b) in enumerate(zip(self._params, self._grad_dtypes, owners, strict=True)):
+            m_dtype = None if b.momentum is None else b.momentum.dtype
+            groups.setdefault((p.device, p.dtype, g_dtype, m_dtype, b.column_factor is not None), []).append(i)
+        self._launches = [(*key, members, [rows[i] for i in members]) for key, members in groups.items()]
+        self._tables: dict[tuple[int, ...], tuple[Tensor, bool]] = {}
+
+    def takes(self, grads: Sequence[Tensor]) -> bool:
+        """Whether the parameters are where they were, and these gradients are contiguous and of the same dtypes."""
+        return (
+            [p.data_ptr() for p in self._params] == self._addresses
+            and [g.dtype for g in grads] == self._grad_dtypes
+            and all(g.is_contiguous() for g in grads)
+        )
+
+    def update(self, grads: Sequence[Tensor], hyper: Hyper) -> None:
+        """Update the blocks with gradients in the order of their parameters."""
+        for device, p_dtype, g_dtype, m_dtype, has_columns, members, rows in self._launches:
+            on_device = isinstance(hyper.lr, Tensor) and hyper.lr.device == device
+            lr = 0.0 if on_device else float(hyper.lr)
+            with _on(device):
+                layout = _layout(tuple(row[5] for row in rows), TILE, device)
+                table, aligned = self._table(device, rows, [grads[i].data_ptr() for i in members])
+                update_kernel[(layout.programs,)](
+                    table,
+                    layout.tiles,
+                    hyper.lr if on_device else table,  # the table stands where lr is a number
+                    lr,
+                    1 - lr * hyper.weight_decay,
+                    float(hyper.weight_decay),
+                    float(hyper.weight),
+                    0.0 if hyper.limit is None else float(hyper.limit),
+                    P_DTYPE=_TRITON_DTYPES[p_dtype],
+                    G_DTYPE=_TRITON_DTYPES[g_dtype],
+                    M_DTYPE=_TRITON_DTYPES[m_dtype or p_dtype],
+                    HAS_MOMENTUM=m_dtype is not None,
+                    INT8=m_dtype == torch.int8,
+                    STOCHASTIC=hyper.stochastic_rounding and torch.bfloat16 in (p_dtype, m_dtype),
+                    MAXIMIZE=hyper.maximize,
+                    COLUMNS=has_columns,
+                    LIMITED=hyper.limit is not None,
+                    LR_TENSOR=on_device,
+                    ALIGNED=aligned,
+                    TILE=TILE,
+                    PIECE=PIECE,
+                    num_warps=WARPS,
+                )
+
+    def _table(self, device: torch.device, rows: Sequence[Any], addresses: list[int]) -> tuple[Tensor, bool]:
+        """The table of a launch; made again when an allocator has put gradients elsewhere."""
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        key = tuple(addresses)
+        if key in self._tables and not capturing:
+            return self._tables[key]
+        values = tuple(x for row, g in zip(rows, addresses, strict=True) for x in (row[0], g, *row[1:]))
+        table = _table(values, device)
+        if len(self._tables) < _KEPT_TABLES:
+            self._tables[key] = table
+        return table
 
 
 def _rows(b: Blocks) -> Iterator[tuple[int, ...]]:
-    """The rows of the table for some blocks; see ``update_kernel``."""
+    """The rows of the table for some blocks, without the gradient's address; see ``update_kernel``."""
     momenta = [None] * len(b.params) if b.momentum is None else b.momentum.unbind()
-    for p, g, m, s in zip(b.params, b.grads, momenta, b.scale.unbind(), strict=True):
-        one_scale = s.numel() == 1
+    for p, m, s in zip(b.params, momenta, b.scale.unbind(), strict=True):
         yield (
             p.data_ptr(),
-            g.data_ptr(),
             0 if m is None else m.data_ptr(),
             0 if b.momentum_scale is None else b.momentum_scale.data_ptr(),
             s.data_ptr(),
             0 if b.counter is None else b.counter.data_ptr(),
             p.numel(),
             b.seed,
-            1 if one_scale else b.columns,
-            -1 if one_scale else b.rows,
+            b.columns,
+            _kind(b, p, s),
+            0 if b.column_factor is None else b.column_factor.data_ptr(),
         )
+
+
+def _kind(b: Blocks, p: Tensor, s: Tensor) -> int:
+    """How the kernel finds the channel of an element: one for all, a row, a column, or a column of one of a stack."""
+    if s.numel() == 1:
+        return -1
+    if not b.rows:
+        return 0
+    return b.rows if p.numel() > b.rows * b.columns else -2
 
 
 def fits_fused(b: Blocks) -> bool:
@@ -115,7 +166,7 @@ def gradient_moments(grads: Sequence[Tensor]) -> list[tuple[float, float]]:
     for i, g in enumerate(grads):
         groups.setdefault((g.device, g.dtype), []).append(i)
     for (device, dtype), members in groups.items():
-        rows = [x for i in members for x in (0, grads[i].data_ptr(), 0, 0, 0, 0, grads[i].numel(), 0, 0, 0)]
+        rows = [x for i in members for x in (0, grads[i].data_ptr(), 0, 0, 0, 0, grads[i].numel(), 0, 0, 0, 0)]
         with _on(device):
             layout = _layout(tuple(rows[6::_COLUMNS]), TILE, device)
             table, aligned = _table(tuple(rows), device)

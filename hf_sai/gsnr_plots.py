@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from hf_sai.blocks import KINDS
-from hf_sai.plots import _figure, _plain, _save
+from hf_sai.plots import _figure, _plain, _plain_ticks, _save
 
 _COLOURS = {kind: f"C{i}" for i, kind in enumerate(KINDS[:10])} | dict(
     zip(KINDS[10:], ("0.3", "black", "0.6"), strict=True)
 )
 # Many kinds lie on one line: those drawn first are wider, so that they show beside those on top of them.
 _WIDTHS = {kind: 5.0 - 0.4 * i for i, kind in enumerate(KINDS)}
+# Over time two kinds of one size have one line, step by step: every second one has gaps.
+_STYLES = {kind: ("-", (0, (6, 3)))[i % 2] for i, kind in enumerate(KINDS)}
 
 
 def plot_kinds(blocks: Sequence[Mapping[str, Any]], path: str | Path, title: str = "g-SNR by kind of block") -> Path:
@@ -59,13 +61,15 @@ def plot_kinds(blocks: Sequence[Mapping[str, Any]], path: str | Path, title: str
     roots = [(kinds.index(b["kind"]) + _aside(b["layer"], deepest), math.sqrt(b["numel"])) for b in blocks]
     axes[0].scatter(*zip(*roots, strict=True), marker="_", s=90, color="0.5", label="sqrt(d)", zorder=0)
     axes[0].set_yscale("log")
+    _plain_ticks(axes[0].yaxis)
     axes[0].set_ylabel("g-SNR")
-    axes[0].legend(fontsize="small")
     axes[1].axhline(1.0, color="0.5", lw=1)
     axes[1].set_ylabel("g-SNR / sqrt(d)")
     if inside is not None and deepest:
         figure.colorbar(inside, ax=axes[1], label="layer", format="%d", ticks=range(0, deepest + 1, 1 + deepest // 12))
     figure.suptitle(_plain(title))
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="small")
     return _save(figure, path)
 
 
@@ -101,12 +105,14 @@ def plot_over_time(record: Mapping[str, Any], path: str | Path) -> Path:
             points = [(s, x) for s, x in zip(record["steps"], block["gsnr_now"], strict=True) if x is not None]
             steps, values = zip(*points, strict=True)
             root = math.sqrt(block["numel"])
-            style = {"color": _COLOURS[block["kind"]], "lw": 0.7 * _WIDTHS[block["kind"]], "alpha": 0.85}
+            kind = block["kind"]
+            style = {"color": _COLOURS[kind], "ls": _STYLES[kind], "lw": 0.7 * _WIDTHS[kind], "alpha": 0.85}
             axes[0][column].plot(steps, values, **style)
-            (labels[block["kind"]],) = axes[1][column].plot(steps, [x / root for x in values], **style)
+            (labels[kind],) = axes[1][column].plot(steps, [x / root for x in values], **style)
         axes[0][column].set_title(title)
         axes[1][column].set_xlabel("optimizer step")
     axes[0][0].set_yscale("log")
+    _plain_ticks(axes[0][0].yaxis)
     axes[0][0].set_ylabel("g-SNR")
     axes[1][0].set_ylabel("g-SNR / sqrt(d)")
     for panel in axes.flat:

@@ -43,6 +43,8 @@ class Blocks(NamedTuple):
         momentum_scale: float32, with an int8 momentum only; such blocks are alone.
         counter: updates so far, 0-dim int64; None where nothing is rounded stochastically; such blocks are alone.
         seed: distinguishes the random bits of blocks.
+        column_factor: (1, 1, columns), float32: what elements of a column are multiplied by besides; such blocks are
+            alone.
     """
 
     params: Sequence[Tensor]
@@ -54,6 +56,7 @@ class Blocks(NamedTuple):
     momentum_scale: Tensor | None = None
     counter: Tensor | None = None
     seed: int = 0
+    column_factor: Tensor | None = None
 
 
 def update_plain(many: Sequence[Blocks], hyper: Hyper) -> None:
@@ -71,6 +74,8 @@ def update_plain(many: Sequence[Blocks], hyper: Hyper) -> None:
 def _update_stacked(blocks: Blocks, hyper: Hyper) -> None:
     """Small blocks in their own dtype: a few operations for all of them."""
     scale = blocks.scale.to(blocks.params[0].dtype)
+    if blocks.column_factor is not None:
+        scale = scale * blocks.column_factor.to(scale.dtype)
     if len(blocks.grads) > 1:
         update = _limit(torch.stack(list(blocks.grads)).mul_(scale), hyper)
     else:
@@ -93,6 +98,7 @@ def _update_in_pieces(blocks: Blocks, hyper: Hyper) -> None:
     """One large contiguous block on a CPU: every piece of it is read and written once."""
     lr, decay = float(hyper.lr), 1 - float(hyper.lr) * float(hyper.weight_decay)
     scratch = torch.empty(0)
+    columns = None if blocks.column_factor is None else blocks.column_factor[0].to(blocks.params[0].dtype)
     for p, g, m, s in _matrices(blocks):
         rows = max(1, _CPU_PIECE // max(1, p.shape[1]))
         if not scratch.numel():
@@ -101,6 +107,8 @@ def _update_in_pieces(blocks: Blocks, hyper: Hyper) -> None:
             p_, g_ = p[i : i + rows], g[i : i + rows]
             s_ = s[i : i + rows] if s.shape[0] > 1 else s
             update = torch.mul(g_, s_, out=scratch[: p_.shape[0]])
+            if columns is not None:
+                update.mul_(columns)
             _limit(update, hyper)
             if m is None:
                 p_.mul_(decay).sub_(update, alpha=lr)
@@ -161,6 +169,10 @@ def update_foreach(many: Sequence[Blocks], hyper: Hyper) -> None:
         momenta = [m for b in batch if b.momentum is not None for m in b.momentum.unbind()]
         scales = [s.to(p.dtype) for b in batch for p, s in zip(b.params, b.scale.unbind(), strict=True)]
         update = list(torch._foreach_mul([g for b in batch for g in b.grads], scales))
+        factors = [b.column_factor for b in batch for _ in b.params]
+        for u, factor in zip(update, factors, strict=True):
+            if factor is not None:
+                u.mul_(factor[0].to(u.dtype))
         if hyper.maximize:
             torch._foreach_neg_(update)
         if hyper.limit is not None:
@@ -228,6 +240,8 @@ def _pieces(
     for k, (p, g) in enumerate(zip(blocks.params, blocks.grads, strict=True)):
         m = None if blocks.momentum is None else blocks.momentum[k]
         s, codes = blocks.scale[k], blocks.momentum_scale
+        if blocks.column_factor is not None:
+            s = s * blocks.column_factor[0]
         tensors = [p, g] if m is None else [p, g, m]
         if p.dim() != 2 or not all(x.is_contiguous() for x in tensors):
             bits = None if key is None else random_bits(key, 0, p.numel()).view(p.shape)

@@ -1,52 +1,86 @@
-"""Run an unchanged training script in a process where `optim="sgd_sai"` is valid.
+"""Run an unchanged training script or command in processes where `optim="sgd_sai"` is valid.
 
-    python -m hf_sai.launch SCRIPT ARGS...
-    python -m hf_sai.launch -m MODULE ARGS...
+    hf-sai launch SCRIPT ARGS...                  or python -m hf_sai.launch SCRIPT ARGS...
+    hf-sai launch -m MODULE ARGS...
+    hf-sai launch COMMAND ARGS...                 trl sft --config sft.yaml, torchrun train.py, accelerate launch ...
     accelerate launch -m hf_sai.launch sft.py --optim sgd_sai
 
-The script sees what `python SCRIPT ARGS...` would show it. Processes that it spawns itself start without the
-registration: they call `hf_sai.register()` where they build training arguments.
+What runs sees what the interpreter would show it, but for `sys.executable`. The Python processes that it starts are
+registered as well: by multiprocessing's spawn, by torchrun, accelerate and other launchers, by `sys.executable`, by
+`python` on PATH. Not those that it starts by the full path of an interpreter, and none on Windows.
 """
 
 import os
 import runpy
+import shutil
 import sys
 from collections.abc import Sequence
 from importlib.machinery import SourceFileLoader
-from types import ModuleType
+from types import CodeType, ModuleType
 
-USAGE = "usage: python -m hf_sai.launch SCRIPT [ARGS...]\n       python -m hf_sai.launch -m MODULE [ARGS...]"
+USAGE = """usage: python -m hf_sai.launch SCRIPT [ARGS...]
+       python -m hf_sai.launch COMMAND [ARGS...]
+       python -m hf_sai.launch -m MODULE [ARGS...]
+`hf-sai launch` is the same."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Register SGD-SaI with transformers, then run the script or module that ``argv`` names as ``__main__``.
+    """Register SGD-SaI with transformers, here and in children, then run what ``argv`` names as ``__main__``.
 
     Args:
-        argv: the script and its arguments, by default those of this process.
+        argv: a script, a command on ``PATH``, ``-m`` and a module, ``-c`` and code, or ``-`` for code from the standard
+            input; then its arguments. By default those of this process. A command that is not written in Python takes
+            the place of this process.
 
     Raises:
-        SystemExit: the script's own, or status 2 if there is no script to run.
+        SystemExit: the script's own, or status 2 if there is nothing to run.
+
+    Example:
+        >>> main(["sft.py", "--optim", "sgd_sai"])
     """
     target = list(sys.argv[1:] if argv is None else argv)
+    while target[:2] == ["-m", "hf_sai.launch"]:
+        del target[:2]
     if target[:1] in (["-h"], ["--help"]):
         print(__doc__)
         return
-    module = target[:1] == ["-m"]
-    if module:
-        del target[0]
-    if not target or (target[0].startswith("-") and not os.path.exists(target[0])):
+    option = target.pop(0) if target[:1] in (["-m"], ["-c"]) else ""
+    if not target:
         raise _refusal(USAGE)
-    if not (module or os.path.isfile(target[0])):
-        raise _refusal(f"hf_sai.launch: cannot open script {target[0]!r}: there is no such file\n{USAGE}")
+    name = target[0]
+    path = name if option or name == "-" or os.path.isfile(name) else shutil.which(name)
+    if path is None:
+        known = f"hf_sai.launch: cannot open script {name!r}: there is no such file, and no such command on PATH\n"
+        raise _refusal(USAGE if name.startswith("-") else known + USAGE)
 
+    from hf_sai.children import registered_children
     from hf_sai.registration import register
 
-    register()
-    sys.argv[:] = target
-    if module:
-        runpy.run_module(target[0], run_name="__main__", alter_sys=True)
-    else:
-        run_script(target[0])
+    with registered_children():
+        if not (option or name == "-" or _is_python(path, installed=path != name)):
+            os.execv(path, target)
+        register()
+        if option == "-m":
+            sys.argv[:] = target
+            _set_first_path(os.getcwd())
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
+        elif option == "-c" or name == "-":
+            sys.argv[:] = [option or name, *target[1:]]
+            _set_first_path("")
+            _run(compile(name if option else sys.stdin.read(), "<string>" if option else "<stdin>", "exec"))
+        else:
+            sys.argv[:] = [path, *target[1:]]
+            run_script(path)
+
+
+def _is_python(path: str, *, installed: bool) -> bool:
+    """Whether a file is a Python script; one that is ``installed`` and has no first line that says so is a program."""
+    with open(path, "rb") as file:
+        first, second = file.readline(), file.readline()
+    if not first.startswith(b"#!"):
+        return not installed
+    # The second line, where pip found the interpreter's path too long for the first.
+    return b"python" in first or second.startswith(b"'''exec'")
 
 
 def run_script(path: str) -> None:
@@ -56,16 +90,22 @@ def run_script(path: str) -> None:
     exit handlers and threads still pickle by it, and leaves ``sys.path`` alone.
     """
     path = os.path.abspath(path)
-    if not getattr(sys.flags, "safe_path", False):
-        sys.path[0] = os.path.dirname(os.path.realpath(path))
+    _set_first_path(os.path.dirname(os.path.realpath(path)))
     loader = SourceFileLoader("__main__", path)
-    main_module = ModuleType("__main__")
     # `__file__` and a `__spec__` of None are also what tells multiprocessing's children which script to import.
-    vars(main_module).update(
-        __file__=path, __loader__=loader, __spec__=None, __cached__=None, __builtins__=__builtins__
-    )
+    _run(loader.source_to_code(loader.get_data(path), path), __file__=path, __loader__=loader, __cached__=None)
+
+
+def _run(code: CodeType, **names: object) -> None:
+    main_module = ModuleType("__main__")
+    vars(main_module).update(__spec__=None, __builtins__=__builtins__, **names)
     sys.modules["__main__"] = main_module
-    exec(loader.source_to_code(loader.get_data(path), path), vars(main_module))
+    exec(code, vars(main_module))
+
+
+def _set_first_path(folder: str) -> None:
+    if not getattr(sys.flags, "safe_path", False):
+        sys.path[0] = folder
 
 
 def _refusal(message: str) -> SystemExit:

@@ -67,7 +67,7 @@ def parse_optim_args(optim_args: str | Mapping[str, Any] | None) -> dict[str, An
             raise ValueError(f"optim_args sets {key} twice in {optim_args!r}; leave one of them out")
         parsed[key] = _cast(key, value)
     _check(parsed)
-    return parsed
+    return {key: getattr(torch, value) if _is_dtype(key, value) else value for key, value in parsed.items()}
 
 
 def normalize_optim_args(optim_args: str | Mapping[str, Any] | None) -> str | None:
@@ -127,9 +127,11 @@ def _cast(key: str, value: str) -> Any:
             return float(value)
         except ValueError:
             raise ValueError(f"optim_args: {key} must be a number, got {value!r}") from None
-    if torch.dtype in types and isinstance(getattr(torch, word, None), torch.dtype):
-        return getattr(torch, word)
     return word
+
+
+def _is_dtype(key: str, value: Any) -> bool:
+    return torch.dtype in _TYPES[key] and isinstance(value, str)
 
 
 def _check(parsed: Mapping[str, Any]) -> None:

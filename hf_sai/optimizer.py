@@ -1,6 +1,7 @@
 """SGDSaI: holds the state, collects what takes part in a step, saves and loads."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,17 +11,15 @@ from torch.optim import Optimizer
 from hf_sai.batches import State
 from hf_sai.calibration import Calibration, Work
 from hf_sai.checks import check_state_dict
-from hf_sai.collection import Collector, block_states, check_group_params, hyper, in_phase
-from hf_sai.kernels import Blocks
-from hf_sai.options import Hyper, check_group
+from hf_sai.collection import Collector, Prepared, block_states, check_group_params, largest_gsnr, update
+from hf_sai.options import check_group
 from hf_sai.state import restore
-from hf_sai.update import update_blocks
 from hf_sai.zero import Partitions
 
 try:  # as torch.optim: `torch.compiler.disable` would import the compiler together with this package
-    from torch._compile import _disable_dynamo
+    from torch._compile import _disable_dynamo as outside_compiled_code
 except ImportError:  # a private name
-    from torch.compiler import disable as _disable_dynamo
+    from torch.compiler import disable as outside_compiled_code  # type: ignore[no-redef]
 
 
 class SGDSaI(Optimizer):
@@ -72,6 +71,8 @@ class SGDSaI(Optimizer):
         >>> optimizer.state[model.weight]["scale"].shape  # a scale for each of the 4 inputs
         torch.Size([1, 4])
     """
+
+    _partitions: Partitions
 
     def __init__(
         self,
@@ -173,7 +174,7 @@ class SGDSaI(Optimizer):
             for group in self.param_groups:
                 for index in range(len(group["params"])):
                     self._partitions.recognise(group, index)
-            check_state_dict(self.param_groups, given, self._partitions.scale_counts())
+            check_state_dict(self.param_groups, given, self._partitions.shapes())
             self._loading = given
 
         # Registered last, so that it sees what the user's own hooks made of the state dict.
@@ -185,7 +186,7 @@ class SGDSaI(Optimizer):
             self.__dict__.pop("_loading", None)
 
     @torch.no_grad()
-    @_disable_dynamo
+    @outside_compiled_code
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Calibrate the blocks whose gradients are due, then update every block that has a gradient.
 
@@ -211,41 +212,15 @@ class SGDSaI(Optimizer):
         self._partitions.forget()
         return loss
 
-    def _run(self, work: Sequence[Work]) -> None:
-        """Calibrate and update blocks."""
-        self._calibration.run(work, self._largest_gsnr)
-        by_hyper: dict[tuple[int, Hyper], list[tuple[dict[str, Any], Blocks]]] = {}
-        for w in (part for w in work for part in in_phase(w)):
-            grads = [g for g in w.grads if g is not None]
-            calibrated = bool(w.batch.members[0].count)
-            # At a learning rate of 0, as in the dummy step of torch.distributed.checkpoint, nothing can change.
-            waits = not calibrated and (w.kinds[0] == "nonfinite" or not float(w.group["lr"]))
-            if grads and grads[0].numel() and not waits:
-                by_hyper.setdefault((id(w.group), hyper(w)), []).append((w.group, w.batch.blocks(grads)))
-            for m in w.batch.members:
-                m.starts = False
-        for (_, options), pairs in by_hyper.items():
-            group, blocks = pairs[0][0], [b for _, b in pairs]
-            update_blocks(blocks, options, group["foreach"], group["fused"])
-            counters = [b.counter for b in blocks if b.counter is not None]
-            if counters:
-                torch._foreach_add_(counters, 1)
+    def _run(self, work: Sequence[Work | Prepared]) -> None:
+        measured = [w for w in work if isinstance(w, Work)]
+        self._calibration.run(measured, partial(largest_gsnr, self.param_groups, self.state))
+        update(work)
 
     def _step_parameter(self, group_index: int, index: int) -> None:
         """Update one parameter, for gradient release."""
         group = self.param_groups[group_index]
         self._run(self._collector.work_of(group, index, self.param_groups, self.state))
-
-    def _largest_gsnr(self) -> float:
-        """The largest g-SNR of the blocks with ``scaling="max"``."""
-        states = [
-            self.state[p]["gsnr"]
-            for group in self.param_groups
-            if group["scaling"] == "max"
-            for p in group["params"]
-            if "gsnr" in self.state.get(p, {})
-        ]
-        return max((float(gsnr.max()) for gsnr in states), default=0.0)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As every optimizer's; with gradient release it also clears a step whose backward was not finished."""

@@ -63,8 +63,8 @@ def check_group(group: Mapping[str, Any]) -> None:
     _check_number("weight_decay", group["weight_decay"])
     scaling = group["scaling"]
     if scaling not in SCALINGS:
-        instead = _GONE_SCALINGS.get(str(scaling))
-        successor = f"; {scaling!r} is now {instead}" if instead else ""
+        word = _GONE_SCALINGS.get(str(scaling))
+        successor = f"; {scaling!r} is now {word}" if word else ""
         raise ValueError(f"scaling must be one of {', '.join(map(repr, SCALINGS))}, got {scaling!r}{successor}")
     for name in ("maximize", "stochastic_rounding", "token_rows"):
         if not isinstance(group[name], bool):
@@ -82,13 +82,8 @@ def check_group(group: Mapping[str, Any]) -> None:
 def _check_number(name: str, value: Any, *, below: float = math.inf) -> None:
     """Python and numpy numbers, one-element tensors and 0-dim arrays are numbers; truth values are none."""
     rule = f"in [0, {below:g})" if below < math.inf else "a finite number >= 0"
-    array = (
-        not isinstance(value, numbers.Number) and hasattr(value, "item") and getattr(value, "size", None) is not None
-    )
-    if array and (value.numel() == 1 if isinstance(value, Tensor) else value.ndim == 0):
-        number = value.item()
-    else:
-        number = value
+    elements = value.numel() if isinstance(value, Tensor) else 1 if getattr(value, "ndim", None) == 0 else 0
+    number = value.item() if elements == 1 else value
     if isinstance(number, bool) or not isinstance(number, numbers.Real):
         raise ValueError(f"{name} must be {rule}, got {value!r}")
     if not 0.0 <= float(number) < below:

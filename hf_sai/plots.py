@@ -44,7 +44,7 @@ def plot_losses(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: str 
     axes.set_ylabel("nats per token")
     axes.set_title(_plain(title))
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     return _save(figure, path)
 
 
@@ -74,21 +74,32 @@ def plot_gsnr(rows: "Sequence[GSNRRow]", path: str | Path) -> Path:
     axes.scatter([math.sqrt(row.numel) for row in calibrated], places, s=40, marker="|", color="0.5", label="sqrt(d)")
     axes.scatter([row.gsnr for row in calibrated], places, s=14, label="g-SNR")
     axes.set_xscale("log")
+    _plain_ticks(axes.xaxis)
     axes.set_xlabel("g-SNR of the first gradient")
-    axes.invert_yaxis()
+    axes.set_ylim(len(calibrated) - 0.3, -0.7)
     axes.set_title(f"{len(calibrated)} of {len(rows)} blocks calibrated")
     if named:
         axes.set_yticks(places, [_plain(row.name) for row in calibrated], fontsize=6)
     else:
         axes.set_ylabel("block, in the model's order")
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=2)
     return _save(figure, path)
 
 
 def _plain(text: str) -> str:
     """A label shown as it is: no mathematics between dollars, none left out for a leading underscore."""
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
+def _plain_ticks(axis: Any) -> None:
+    """Label a logarithmic axis, once all is drawn, in full at 1, 2 and 5 of each decade; at every digit within one."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high > 10 * low else range(1, 10)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _is_finite(value: Any) -> bool:

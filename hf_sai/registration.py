@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 from transformers import Trainer, TrainingArguments
@@ -18,7 +19,8 @@ def register() -> None:
     has ``TrainingArguments`` check ``optim_args`` with it, so that stock and third-party trainers, ``HfArgumentParser``
     (command line, YAML, JSON) and ``set_optimizer`` take it like any other. A second call does nothing. A
     ``training_args.bin`` written afterwards holds the name as a plain string and loads in a process that has not
-    called this. Processes that this one starts call it themselves, or are started under :mod:`hf_sai.launch`.
+    called this. Processes that this one starts call it themselves, or are started under :mod:`hf_sai.launch`; one that
+    ``multiprocessing`` starts is also registered by the training arguments that are handed to it.
 
     Example:
         >>> register()
@@ -36,6 +38,14 @@ def register() -> None:
     for name in ("__post_init__", "set_optimizer"):
         setattr(TrainingArguments, name, _then_check(getattr(TrainingArguments, name)))
     _add_optimizer_name()
+    ForkingPickler.register(OptimizerNames, lambda name: (_optimizer_name, (name.value,)))
+
+
+def _optimizer_name(value: str) -> OptimizerNames:
+    """What a process of multiprocessing gets for a name in the arguments that its parent hands to it."""
+    if value == OPTIM_NAME:
+        register()
+    return OptimizerNames(value)
 
 
 def _then_check(stock: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,6 +1,5 @@
 """What a resumed run is told of the optimizer state that it loads: another optimizer's, or other settings."""
 
-import inspect
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -10,9 +9,9 @@ from torch.optim import Optimizer
 
 from hf_sai.optimizer import SGDSaI
 
-_SETTINGS = tuple(name for name, p in inspect.signature(SGDSaI).parameters.items() if p.default is not p.empty)
 # What transformers calls them in `optim`.
 _OPTIM_NAMES = {
+    "SGDSaI": "sgd_sai",
     "SGD": "sgd",
     "AdamW": "adamw_torch",
     "Adafactor": "adafactor",
@@ -21,19 +20,19 @@ _OPTIM_NAMES = {
 }
 
 
-def compare_when_loading(optimizer: SGDSaI) -> None:
+def compare_when_loading(optimizer: Optimizer) -> None:
     """Look at each state dict before the optimizer loads it.
 
     A run that resumes keeps the settings of its checkpoint. The optimizer then warns of those that its arguments have
-    changed, and refuses the state of another optimizer.
+    changed. Between SGDSaI and other optimizers state is refused.
     """
     optimizer.register_load_state_dict_pre_hook(_compare)
 
 
-def other_optimizer(group: Mapping[str, Any]) -> str | None:
-    """The optimizer that a saved param group is of, where it is not SGDSaI: by its name or by its settings."""
+def optimizer_of(group: Mapping[str, Any]) -> str:
+    """The optimizer that a saved param group is of: its name, or its settings where none of torch has these."""
     if "scaling" in group:
-        return None
+        return SGDSaI.__name__
     keys = group.keys() - {"params", "param_names", "initial_lr"}
     for name in sorted(set(torch.optim.__all__)):
         cls = getattr(torch.optim, name)
@@ -56,18 +55,20 @@ def _compare(optimizer: Optimizer, state_dict: Any) -> None:
     if not isinstance(saved_groups, list) or not all(isinstance(group, Mapping) for group in saved_groups):
         return  # SGDSaI itself says what is wrong
     for saved in saved_groups:
-        if name := other_optimizer(saved):
+        if isinstance(optimizer, SGDSaI) != ("scaling" in saved):
+            name = optimizer_of(saved)
             remedy = f"optim={_OPTIM_NAMES[name]!r}" if name in _OPTIM_NAMES else "the optimizer that saved it"
             raise ValueError(
-                f"the optimizer state in the checkpoint is that of {name}, not of SGDSaI; resume with {remedy}, or "
-                "start from the checkpoint's weights: load them with from_pretrained, without resume_from_checkpoint"
+                f"the optimizer state in the checkpoint is that of {name}, not of {type(optimizer).__name__}; resume "
+                f"with {remedy}, or start from the checkpoint's weights: load them with from_pretrained, without "
+                "resume_from_checkpoint"
             )
     changed: dict[str, str] = {}
     for group, saved in zip(optimizer.param_groups, saved_groups, strict=False):
-        for key in _SETTINGS:
+        for key in optimizer.defaults:
             # What a scheduler has made of the learning rate is no setting.
             place = "initial_lr" if key == "lr" else key
-            if place in group and place in saved and group[place] != saved[place]:
+            if place in group and place in saved and _plain(group[place]) != _plain(saved[place]):
                 changed.setdefault(key, f"{key} {saved[place]} ({group[place]} in this run's arguments)")
     if changed:
         warnings.warn(
@@ -76,3 +77,7 @@ def _compare(optimizer: Optimizer, state_dict: Any) -> None:
             "resume_from_checkpoint",
             stacklevel=3,
         )
+
+
+def _plain(setting: Any) -> Any:
+    return str(setting).removeprefix("torch.") if isinstance(setting, torch.dtype) else setting

@@ -3,21 +3,23 @@
 - ``momentum_buffer``: the parameter's shape; absent when momentum is 0.
 - ``gsnr``: 0-dim float32; 0 until the block is calibrated.
 - ``scale``: float32, the block's shape with the dimensions of a channel reduced to 1 (see :mod:`hf_sai.channels`).
+- ``column_scale``: float32, (1, columns); of matrices of token rows only.
 - ``calibration_step``: 0-dim int64 on the CPU; the usable gradients that the scale was made from, capped.
 - ``momentum_scale``: one dimension, float32; with int8 momentum only.
 - ``rounding_step``: 0-dim int64; updates so far, where something is rounded stochastically.
 
 For a flat partition of DeepSpeed's, ``gsnr`` and ``calibration_step`` have one number for each block in it, and
-``scale`` those of all blocks one after the other. Nothing else but the groups' options and ``step`` affects training.
+``scale`` and ``column_scale`` those of all blocks one after the other. Nothing else but the groups' options and
+``step`` affects training.
 """
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_sai.channels import channels
+from hf_sai.channels import channels, column_channels
 from hf_sai.momentum import scale_count
 from hf_sai.options import momentum_dtype
 from hf_sai.shards import is_dtensor, sharded_like, to_local
@@ -26,6 +28,7 @@ from hf_sai.shards import is_dtensor, sharded_like, to_local
 DTYPES = {
     "gsnr": torch.float32,
     "scale": torch.float32,
+    "column_scale": torch.float32,
     "calibration_step": torch.int64,
     "momentum_scale": torch.float32,
     "rounding_step": torch.int64,
@@ -34,7 +37,11 @@ STATE = ("momentum_buffer", *DTYPES)
 
 
 def allocate(
-    state: MutableMapping[str, Any], p: Tensor, group: dict[str, Any], name: str, scale_counts: list[int] | None = None
+    state: MutableMapping[str, Any],
+    p: Tensor,
+    group: dict[str, Any],
+    name: str,
+    blocks: Sequence[torch.Size] | None = None,
 ) -> None:
     """Add to a parameter's state, as zeros, what its group asks for and it lacks.
 
@@ -43,7 +50,7 @@ def allocate(
         p: the parameter.
         group: its param group.
         name: of the parameter, for messages.
-        scale_counts: for a partition of DeepSpeed's, the number of channels of each block in it.
+        blocks: for a partition of DeepSpeed's, the shapes of the blocks in it.
 
     Raises:
         ValueError: for int8 momentum of a sharded parameter; nothing is allocated then.
@@ -63,22 +70,42 @@ def allocate(
         state["momentum_buffer"] = torch.zeros_like(p, dtype=dtype, memory_format=layout, requires_grad=False)
     if dtype == torch.int8 and "momentum_scale" not in state:
         state["momentum_scale"] = torch.zeros(scale_count(p.numel()), dtype=torch.float32, device=p.device)
-    blocks = () if scale_counts is None else (len(scale_counts),)
+    number = () if blocks is None else (len(blocks),)
     if "gsnr" not in state:
-        state["gsnr"] = torch.zeros(blocks, dtype=torch.float32, device=p.device)
-    if "scale" not in state:
-        state["scale"] = _zero_scale(p, group, scale_counts)
+        state["gsnr"] = torch.zeros(number, dtype=torch.float32, device=p.device)
+    for key, size in scale_shapes(p.shape, group, blocks).items():
+        if key not in state:
+            state[key] = _zero_scales(p, size, blocks is not None)
     if "calibration_step" not in state:
-        state["calibration_step"] = torch.zeros(blocks, dtype=torch.int64, device="cpu")
+        state["calibration_step"] = torch.zeros(number, dtype=torch.int64, device="cpu")
     stochastic = dtype == torch.int8 or (group["stochastic_rounding"] and torch.bfloat16 in (p.dtype, dtype))
     if stochastic and "rounding_step" not in state:
         state["rounding_step"] = torch.zeros((), dtype=torch.int64, device=p.device)
 
 
-def _zero_scale(p: Tensor, group: dict[str, Any], scale_counts: list[int] | None) -> Tensor:
-    if scale_counts is not None:
-        return torch.zeros(sum(scale_counts), dtype=torch.float32, device=p.device)
-    shape = channels(p.shape, group["scaling"], group["token_rows"]).shape
+def scale_shapes(
+    shape: torch.Size, group: Mapping[str, Any], blocks: Sequence[torch.Size] | None = None
+) -> dict[str, torch.Size]:
+    """The shapes of ``scale`` and, for a matrix of token rows, ``column_scale``.
+
+    Args:
+        shape: of the parameter.
+        group: its param group.
+        blocks: for a partition of DeepSpeed's, the shapes of the blocks in it.
+    """
+    options = group["scaling"], group["token_rows"]
+    if blocks is None:
+        columns = column_channels(shape, *options)
+        shapes = {"scale": channels(shape, *options).shape}
+        return shapes if columns is None else {**shapes, "column_scale": columns.shape}
+    shapes = {"scale": torch.Size([sum(channels(b, *options).shape.numel() for b in blocks)])}
+    of_columns = [found.shape.numel() for b in blocks if (found := column_channels(b, *options)) is not None]
+    return {**shapes, "column_scale": torch.Size([sum(of_columns)])} if of_columns else shapes
+
+
+def _zero_scales(p: Tensor, shape: torch.Size, flat: bool) -> Tensor:
+    if flat:
+        return torch.zeros(shape, dtype=torch.float32, device=p.device)
     local = to_local(p.detach())
     sizes = [1 if n == 1 else m for n, m in zip(shape, local.shape, strict=True)]
     return sharded_like(torch.zeros(sizes, dtype=torch.float32, device=local.device), shape, p)

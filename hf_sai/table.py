@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hf_sai.blocks import block_names
 from hf_sai.optimizer import SGDSaI
-from hf_sai.shards import to_local
+from hf_sai.shards import is_dtensor
 
 
 class GSNRRow(NamedTuple):
@@ -20,7 +20,7 @@ class GSNRRow(NamedTuple):
         numel: d, its element count.
         gsnr: its g-SNR, 0.0 until it is calibrated.
         scale: what multiplies the learning rate, 0.0 until it is calibrated. Where channels have scales of their own,
-            the one of the whole block: the root of the harmonic mean of their squares (of those on this process).
+            the one of the whole block: the root of the harmonic mean of their squares.
         calibrated: whether it has had a usable gradient.
     """
 
@@ -35,7 +35,8 @@ class GSNRRow(NamedTuple):
 def gsnr_table(optimizer: Any, model: nn.Module) -> list[GSNRRow]:
     """The g-SNR and scale of every block that the optimizer trains, in the model's order.
 
-    Costs one host synchronisation, and no communication between processes: every process knows every scale.
+    Costs one host synchronisation. Where scales are sharded (FSDP2, TP) they are gathered, so that all processes must
+    call this together.
 
     Args:
         optimizer: an :class:`SGDSaI`, or a wrapper that holds it as ``.optimizer`` (accelerate's).
@@ -61,9 +62,12 @@ def gsnr_table(optimizer: Any, model: nn.Module) -> list[GSNRRow]:
 
 
 def scale_of_block(scale: Tensor) -> Tensor:
-    """One scale, 0-dim float32, that stands for those of a block's channels; 0 for a block without any."""
-    local = to_local(scale).float()
-    mean = torch.where(local > 0, local, torch.inf).pow(-2).mean()
+    """One scale, 0-dim float32, that stands for those of a block's channels; 0 for a block without any.
+
+    Where the scales are sharded, all processes must call this: it gathers them.
+    """
+    whole: Tensor = scale.full_tensor() if is_dtensor(scale) else scale  # type: ignore[attr-defined]
+    mean = torch.where(whole > 0, whole, torch.inf).pow(-2).mean()
     return torch.where(mean > 0, mean.rsqrt(), torch.zeros_like(mean))
 
 

@@ -10,6 +10,7 @@ from hf_sai.callbacks import GSNRCallback
 from hf_sai.from_args import OPTIM_NAME, class_for, kwargs_from_args, release_if_asked
 from hf_sai.optimizer import SGDSaI
 from hf_sai.resume import ResumingTrainer
+from hf_sai.saved_state import compare_when_loading
 from hf_sai.training_args import SaITrainingArguments
 
 
@@ -38,7 +39,10 @@ class SaITrainer(ResumingTrainer):
 
     def create_optimizer(self, *rest: Any, **kwargs: Any) -> Any:
         """As ``Trainer.create_optimizer``; with ``optim_args="release_gradients=true"`` gradients are then released."""
+        is_new = self.optimizer is None
         optimizer = super().create_optimizer(*rest, **kwargs)
+        if is_new and not isinstance(optimizer, SGDSaI):
+            compare_when_loading(optimizer)
         if isinstance(optimizer, SGDSaI) and isinstance(self.model, nn.Module) and self.args.optim == OPTIM_NAME:
             release_if_asked(optimizer, self.model, self.args)
         return optimizer

@@ -22,7 +22,7 @@ from hf_sai.momentum import CODE_BLOCK, LEVELS, SMALLEST
 from hf_sai.rounding import GOLDEN, MULTIPLIERS
 
 # Columns of the table.
-_COLUMNS = tl.constexpr(10)
+_COLUMNS = tl.constexpr(11)
 
 _CODE_BLOCK = tl.constexpr(CODE_BLOCK)
 _LEVELS = tl.constexpr(LEVELS)
@@ -63,10 +63,13 @@ def _update_piece(
     m_ptr,
     code_scale_ptr,
     scale_ptr,
+    column_factor_ptr,
     first,
     numel,
     columns,
-    rows_of_matrix,
+    kind,
+    first_row,
+    column,
     key,
     decay,
     lr,
@@ -76,6 +79,7 @@ def _update_piece(
     INT8: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     MAXIMIZE: tl.constexpr,
+    COLUMNS: tl.constexpr,
     LIMITED: tl.constexpr,
     MASKED: tl.constexpr,
     PIECE: tl.constexpr,
@@ -93,22 +97,29 @@ def _update_piece(
 
     p = tl.load(p_ptr + offsets, mask=mask, other=other).to(tl.float32)
     g = tl.load(g_ptr + offsets, mask=mask, other=other).to(tl.float32)
-    if rows_of_matrix < 0:
+    if kind == -1:  # one scale for the block
         g = g * tl.load(scale_ptr)
     else:
-        # Only the first element needs 64 bits: the others are less than a piece away.
-        narrow = columns.to(tl.int32)
-        column = (first % columns).to(tl.int32) + offsets
-        row = column // narrow
-        column = column - row * narrow
-        first_row = first // columns
-        if rows_of_matrix > 0:
-            row = (first_row % rows_of_matrix).to(tl.int32) + row
-            matrix = first_row // rows_of_matrix + row // rows_of_matrix.to(tl.int32)
-            channel = matrix * columns + column
+        # Only the first element of a tile needs 64 bits: the others are less than a tile away.
+        rows_before = column // columns  # of the first element of the piece, counted from the tile's
+        at = column - rows_before * columns + offsets
+        if columns >= PIECE:  # a piece is in two rows at most
+            wraps = at >= columns
+            at_column = tl.where(wraps, at - columns, at)
+            row = rows_before + wraps.to(tl.int32)
         else:
+            row = rows_before + at // columns
+            at_column = at % columns
+        if kind == 0:  # a row is a channel
             channel = first_row + row
+        elif kind == -2:  # a column is a channel
+            channel = at_column.to(tl.int64)
+        else:  # a column of one of several matrices of `kind` rows
+            row_of_stack = (first_row % kind).to(tl.int32) + row
+            channel = (first_row // kind + row_of_stack // kind) * columns + at_column
         g = g * tl.load(scale_ptr + channel, mask=mask, other=other)
+        if COLUMNS:
+            g = g * tl.load(column_factor_ptr + at_column, mask=mask, other=other)
     if LIMITED:  # NaN stays NaN
         g = tl.where(g > limit, limit, g)
         g = tl.where(g < -limit, -limit, g)
@@ -153,7 +164,8 @@ def _pointer(row_ptr, column: tl.constexpr, dtype: tl.constexpr, offset, ALIGNED
 
 @triton.jit
 def update_kernel(
-    table_ptr,  # (blocks, 10): addresses of p, g, m, its int8 scales, scale and counter; elements; seed; columns; rows
+    table_ptr,  # (blocks, 11): addresses of p, g, m, its int8 scales, scale and counter; elements; seed;
+    # length of a row; how a channel is found; address of the column factors
     tiles_ptr,  # (programs, 2): the block of a program and which of its tiles
     lr_ptr,
     lr,
@@ -168,6 +180,7 @@ def update_kernel(
     INT8: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     MAXIMIZE: tl.constexpr,
+    COLUMNS: tl.constexpr,
     LIMITED: tl.constexpr,
     LR_TENSOR: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -188,8 +201,13 @@ def update_kernel(
         if INT8:
             code_scale_ptr = _pointer(row_ptr, 3, tl.float32, begin // _CODE_BLOCK, ALIGNED)
     scale_ptr = tl.load(row_ptr + 4).to(tl.pointer_type(tl.float32))
+    # A block with one scale may have more columns than 32 bits count; then they are not used.
+    column_factor_ptr = tl.load(row_ptr + 10).to(tl.pointer_type(tl.float32))
     columns = tl.load(row_ptr + 8)
-    rows = tl.load(row_ptr + 9)
+    kind = tl.load(row_ptr + 9).to(tl.int32)
+    first_row = begin // columns
+    column = (begin - first_row * columns).to(tl.int32)
+    columns = columns.to(tl.int32)
     if INT8 or STOCHASTIC:
         counter = tl.load(tl.load(row_ptr + 5).to(tl.pointer_type(tl.int64))).to(tl.uint32)
         key = _hash(_hash(tl.load(row_ptr + 7).to(tl.uint32) + 1) + counter)
@@ -200,15 +218,17 @@ def update_kernel(
         for done in range(0, TILE, PIECE):
             _update_piece(
                 p_ptr + done, g_ptr + done, m_ptr + done, code_scale_ptr + done // _CODE_BLOCK, scale_ptr,
-                begin + done, numel, columns, rows, key, decay, lr, weight, limit,
-                HAS_MOMENTUM, INT8, STOCHASTIC, MAXIMIZE, LIMITED, False, PIECE,
+                column_factor_ptr,
+                begin + done, numel, columns, kind, first_row, column + done, key, decay, lr, weight, limit,
+                HAS_MOMENTUM, INT8, STOCHASTIC, MAXIMIZE, COLUMNS, LIMITED, False, PIECE,
             )  # fmt: skip
     else:
         for done in range(0, tl.minimum(numel - begin, TILE).to(tl.int32), PIECE):
             _update_piece(
                 p_ptr + done, g_ptr + done, m_ptr + done, code_scale_ptr + done // _CODE_BLOCK, scale_ptr,
-                begin + done, numel, columns, rows, key, decay, lr, weight, limit,
-                HAS_MOMENTUM, INT8, STOCHASTIC, MAXIMIZE, LIMITED, True, PIECE,
+                column_factor_ptr,
+                begin + done, numel, columns, kind, first_row, column + done, key, decay, lr, weight, limit,
+                HAS_MOMENTUM, INT8, STOCHASTIC, MAXIMIZE, COLUMNS, LIMITED, True, PIECE,
             )  # fmt: skip
 
 

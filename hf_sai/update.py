@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,18 @@ def update_blocks(many: Sequence[Blocks], hyper: Hyper, foreach: bool | None, fu
         update_foreach(by_foreach, hyper)
     if len(by_foreach) < len(rest):
         update_plain([b for b in rest if not (foreach or (foreach is None and b.params[0].is_cuda))], hyper)
+    counters = [b.counter for b in many if b.counter is not None]
+    if counters:
+        torch._foreach_add_(counters, 1)
+
+
+def prepare(many: Sequence[Blocks], fused: bool | None) -> Any:
+    """The blocks as the fused path holds them over many steps, None where it cannot update all of them."""
+    for b in many:
+        p = b.params[0]
+        if not (fused or p.is_cuda) or why_not_fused(p) is not None or not _triton_path().fits_fused(b):
+            return None
+    return _triton_path().FusedBlocks(many) if many else None
 
 
 def fused_moments(grads: Sequence[Tensor | None]) -> dict[int, tuple[float, float]]:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from hf_sai.batches import Member, State
-from hf_sai.channels import channels
 from hf_sai.checks import INSTEAD, block_name, check_whole
 from hf_sai.shards import Segment, is_dtensor
+from hf_sai.state import scale_shapes
 
 
 class Partition:
@@ -27,7 +27,7 @@ class Partition:
         flat: what the optimizer holds, one dimension.
         params: the model's parameters, which are the blocks of the group, in order.
         segments: the part of each of them on this process; may be empty.
-        scale_counts: the number of channels of each block.
+        shapes: of the blocks.
     """
 
     def __init__(self, flat: Tensor, params: Sequence[Tensor], names: Sequence[str], group: dict[str, Any]) -> None:
@@ -44,8 +44,9 @@ class Partition:
             process_group: Any = p._dp_group  # type: ignore[attr-defined]
             part = flat.detach()[start : start + length]
             self.segments.append(Segment(name, part, begins, p.shape, process_group, p.device))
-        shapes = [channels(p.shape, group["scaling"], group["token_rows"]).shape for p in params]
-        self.scale_counts = [shape.numel() for shape in shapes]
+        self.shapes = [p.shape for p in params]
+        found = [scale_shapes(shape, group) for shape in self.shapes]
+        self._sizes = [{key: size.numel() for key, size in f.items()} for f in found]
 
     def split(self, tensor: Tensor) -> list[Tensor]:
         """The parts of a tensor of the partition's shape that belong to each block."""
@@ -54,9 +55,15 @@ class Partition:
     def states(self, state: State) -> list[State]:
         """The state of each block, as views of that of the partition."""
         views: list[State] = [
-            {"gsnr": state["gsnr"][i], "scale": scale, "calibration_step": state["calibration_step"][i]}
-            for i, scale in enumerate(state["scale"].split(self.scale_counts))
+            {"gsnr": state["gsnr"][i], "calibration_step": state["calibration_step"][i]}
+            for i in range(len(self.segments))
         ]
+        for key in ("scale", "column_scale"):
+            start = 0
+            for view, sizes in zip(views, self._sizes, strict=True):
+                if key in sizes:
+                    view[key] = state[key][start : start + sizes[key]]
+                    start += sizes[key]
         if "momentum_buffer" in state:
             for view, part in zip(views, self.split(state["momentum_buffer"]), strict=True):
                 view["momentum_buffer"] = part
@@ -98,9 +105,9 @@ class Partitions:
         """The partition that a parameter of the optimizer is, or None if it is an ordinary parameter."""
         return self._partitions.get(p) if self._partitions else None
 
-    def scale_counts(self) -> dict[Tensor, list[int]]:
-        """For each partition, the number of channels of each block."""
-        return {flat: partition.scale_counts for flat, partition in self._partitions.items()}
+    def shapes(self) -> dict[Tensor, list[torch.Size]]:
+        """For each partition, the shapes of the blocks in it."""
+        return {flat: partition.shapes for flat, partition in self._partitions.items()}
 
     def all_groups(self, current: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
         """All groups, also while DeepSpeed steps one of them."""

@@ -3,7 +3,7 @@
 Random weights and tokens, bfloat16, activation checkpointing, sequence 1024, batch 1: what is measured is memory and
 speed, not learning. Each optimizer has a model of its own, one after the other.
 
-    python recipes/bench_release.py --out recipes/results/bench_release.json
+    python -m recipes.bench_release --out recipes/results/bench_release.json
 """
 
 import argparse
@@ -15,14 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
 
 from hf_sai import SGDSaI
 from hf_sai.bench.state_bytes import optimizer_state_bytes
 from hf_sai.release import release_gradients
-from recipes.common import machine, versions, write_json
+from recipes.common import machine, run_main, versions, write_json
 
 LLAMA_2_7B = {
     "vocab_size": 32000,
@@ -164,4 +162,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -1,14 +1,14 @@
-"""The benchmark of the README: `cpu` on this machine, within five minutes; `cuda` on a GPU, within nine.
+"""The benchmark of the step: `cpu` on this machine, within five minutes; `cuda` on a GPU, within nine.
 
-    python recipes/bench_step.py --suite cpu
-    python recipes/bench_step.py --suite cuda
-    python -m recipes.readme_tables            # README's tables, from what was written
+    python -m recipes.bench_step --suite cpu
+    python -m recipes.bench_step --suite cuda
+    python -m recipes.readme_tables            # the tables of README.md and docs, from what was written
 
 `cpu`: GPT-2 124M in float32: the fast optimizers in turn, on all cores (bench_cpu.json) and on one (bench_cpu_1thread),
-then the slow ones on all cores. `cuda`: the tests of tests/cuda, which configuration of the kernel is fastest, then
-GPT-2 XL in float32 and bfloat16, a LoRA set, both ViTs, Llama-2 7B's shapes in bfloat16, and full fine-tuning of the
-latter with gradient release (recipes/bench_release.py). Parts for which no time is left are marked.
-Results are written to recipes/results/bench_*.json and .png; a short table of what the README claims comes last.
+then the slow ones on all cores. `cuda`: the tests of tests/cuda, full fine-tuning of Llama-2 7B's shapes with gradient
+release (recipes/bench_release.py), GPT-2 XL in float32 and bfloat16, a LoRA set, Llama-2 7B's shapes in bfloat16, both
+ViTs and GPT-2. Parts for which no time is left are marked.
+Results are written to recipes/results/bench_*.json and .png; a short table of the targets comes last.
 """
 
 import argparse
@@ -20,8 +20,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
 
 from hf_sai.bench.measure import Result, bench
@@ -29,7 +27,7 @@ from hf_sai.bench.report import chart, table, write_json
 from hf_sai.bench.rivals import RIVALS
 from hf_sai.bench.shapes import model
 from recipes import bench_release
-from recipes.common import machine, versions
+from recipes.common import machine, run_main, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -80,7 +78,7 @@ _SUITES: dict[str, list[Part]] = {
 }
 # Begin nothing new after so many seconds.
 _SECONDS = {"cpu": 270.0, "cuda": 530.0}
-# What the README claims: (model, dtype, row, divided by, at most).
+# The targets: (model, dtype, row, divided by, at most).
 _CLAIMS = {
     "cpu": [
         ("gpt2", "float32", "sgd_sai", "adamw_fused", 1.05),
@@ -99,16 +97,6 @@ _CLAIMS = {
         ("lora", "float32", "sgd_sai", "adamw_fused", 1.00),
     ],
 }
-# Tile, elements at once, warps: which of them a GPU likes best can only be tried on it.
-_CONFIGURATIONS = [
-    (8192, 1024, 4),
-    (4096, 1024, 4),
-    (16384, 1024, 4),
-    (8192, 2048, 8),
-    (8192, 2048, 4),
-    (2048, 2048, 4),
-    (4096, 512, 4),
-]
 
 
 def claims(suite: str, results: list[Result]) -> Iterator[tuple[str, float | None, float]]:
@@ -148,25 +136,6 @@ def run_tests() -> str:
     return (done.stdout.strip().splitlines() or ["no output"])[-1]
 
 
-def sweep(steps: int = 10) -> dict[str, float]:
-    """Milliseconds of a GPT-2 XL step for each configuration of the kernel; the fastest is left in force."""
-    from hf_sai import fused
-
-    times = {}
-    for tile, piece, warps in _CONFIGURATIONS:
-        fused.TILE, fused.PIECE, fused.WARPS = tile, piece, warps
-        total = 0.0
-        for dtype, key in ((torch.float32, "sgd_sai"), (torch.bfloat16, "sgd_sai_int8")):
-            (row,) = bench("gpt2-xl", model("gpt2-xl"), optimizers=[key], dtype=dtype, device="cuda", steps=steps).rows
-            assert row.step_ms is not None, row.error
-            times[f"tile {tile}, piece {piece}, {warps} warps, {key}"] = row.step_ms
-            total += row.step_ms
-        times[f"tile {tile}, piece {piece}, {warps} warps"] = total
-    best = min(_CONFIGURATIONS, key=lambda c: times[f"tile {c[0]}, piece {c[1]}, {c[2]} warps"])
-    fused.TILE, fused.PIECE, fused.WARPS = best
-    return times
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=sorted(_SUITES), default="cpu")
@@ -183,9 +152,7 @@ def main() -> None:
     if cuda:
         conditions["tests"] = run_tests()
         print("tests/cuda:", conditions["tests"], flush=True)
-        conditions["kernel_ms"] = sweep()
-        print(*(f"  {ms:8.3f} ms  {what}" for what, ms in conditions["kernel_ms"].items()), sep="\n", flush=True)
-        rows = bench_release.run_all(bench_release.LLAMA_2_7B, "cuda", 20, 1024, deadline - 240)
+        rows = bench_release.run_all(bench_release.LLAMA_2_7B, "cuda", 20, 1024, deadline - 150)
         conditions["full_fine_tuning"] = rows
         print(bench_release.as_table(rows), flush=True)
     results: dict[str, list[Result]] = {}  # by file
@@ -241,4 +208,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -6,13 +6,14 @@ losses, top-1 and top-5 accuracy, their curves, optimizer state, step time, and 
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,18 +26,19 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, SaveStrategy
 
 from hf_sai.bench.state_bytes import optimizer_state_bytes
+from hf_sai.checkpoints import last_whole_checkpoint
 from recipes.common import (
     StepTimer,
     UserError,
-    check_writable,
     parse_config,
     run_record,
     write_bytes,
     write_json,
 )
-from recipes.gpt2_pretrain import Clock, checkpoint_to_resume, config_words
+from recipes.gpt2_pretrain import Clock, config_words
 from recipes.optimizers import RecipeArguments, trainer_optimizer
 from recipes.pretrain_report import label, peak_memory_bytes
+from recipes.run_folder import run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +61,6 @@ class ClassifierArguments(RecipeArguments):
     per_device_eval_batch_size: int = 250
     remove_unused_columns: bool = False
     dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "`auto` (the last of output_dir, if any) or a checkpoint's folder."}
-    )
 
     def __post_init__(self) -> None:
         self.keep = self.output_dir is not None
@@ -230,11 +229,7 @@ def train_classifier(
     Raises:
         UserError: bad input; the message names the option, the rule and the remedy.
     """
-    checkpoint = None
-    if args.keep:
-        check_writable("output_dir", args.output_dir)
-        checkpoint = checkpoint_to_resume(args)
-    with nullcontext(args.output_dir) if args.keep else tempfile.TemporaryDirectory() as folder:
+    with _folder(args) as (folder, checkpoint):
         args.output_dir = folder
         set_seed(args.seed)
         model = build()
@@ -260,6 +255,18 @@ def train_classifier(
             write_bytes(Path(folder) / "curves.png", figure.getvalue())
         trainer.accelerator.wait_for_everyone()
     return record
+
+
+@contextmanager
+def _folder(args: ClassifierArguments) -> Iterator[tuple[str, str | None]]:
+    """The folder of a run and the checkpoint to resume from; a temporary folder where nothing is kept."""
+    if not args.keep:
+        with tempfile.TemporaryDirectory() as folder:
+            yield folder, None
+        return
+    last = functools.partial(last_whole_checkpoint, args.output_dir, args.world_size)
+    with run_folder(args.output_dir, args.resume_from_checkpoint, last, args.overwrite_output_dir) as checkpoint:
+        yield args.output_dir, checkpoint
 
 
 # --- report ----------------------------------------------------------------------------------------------------------
@@ -342,7 +349,7 @@ def draw_curves(records: Sequence[Mapping[str, Any]], path: str | Path | BinaryI
     for panel in (losses, accuracies):
         panel.set_xlabel("epoch")
         panel.grid(alpha=0.3)
-    losses.legend(fontsize="small")
+    figure.legend(*losses.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
     figure.savefig(path, format="png", dpi=110)
 
 

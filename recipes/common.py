@@ -1,12 +1,13 @@
 """What every recipe shares: configuration, step times, and the record of a run (optimizers: `optimizers.py`).
 
 A recipe's configuration is one or more dataclasses. `parse_config` fills them from a YAML file and then from the
-command line, which wins: `python recipes/gpt2_lora_e2e.py --config run.yaml --learning_rate 1e-3`.
+command line, which wins: `python -m recipes.gpt2_lora_e2e --config run.yaml --learning_rate 1e-3`.
 """
 
 import dataclasses
 import difflib
 import json
+import logging
 import math
 import os
 import platform
@@ -25,21 +26,30 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
 
+from recipes.interrupt import guarded
+from recipes.public_data import expand
+
 
 class UserError(ValueError):
     """Bad input that the message explains fully: `run_main` prints it without a traceback."""
 
 
 def run_main(main: Callable[[], Any]) -> None:
-    """Call a recipe's main function; a `UserError` becomes one line on stderr and exit status 2."""
+    """Call a recipe's main function; a `UserError` becomes one line on stderr and exit status 2, Ctrl-C one and 130."""
     if "LOCAL_RANK" in os.environ and not torch.accelerator.is_available():
         # accelerate's launcher of several processes does not pass `use_cpu: true` on: each would train alone
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     try:
-        main()
+        guarded(main)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def start_logging(level: int = logging.INFO) -> None:
+    """Log to stderr. The hub's own handler writes its lines already: they do not come a second time."""
+    logging.basicConfig(level=level, format="%(name)s: %(message)s")
+    logging.getLogger("huggingface_hub").propagate = False
 
 
 # ---------------------------------------------------------------- configuration
@@ -57,10 +67,21 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+CONFIGS = Path(__file__).parent / "configs"
+
+
+def find_config(path: str | Path) -> Path:
+    """The file, or from any folder one of the shipped ones: `first_look.yaml`, `recipes/configs/first_look.yaml`."""
+    path = Path(path)
+    may_be_shipped = path.parent.parts in ((), ("recipes", "configs")) and not path.exists()
+    return CONFIGS / path.name if may_be_shipped and (CONFIGS / path.name).exists() else path
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The `key: value` lines of a YAML file; no tag of it can run code."""
+    """The `key: value` lines of a YAML file (`find_config`); no tag of it can run code."""
+    path = find_config(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
         content = yaml.safe_load(text)
         top = yaml.compose(text, Loader=yaml.SafeLoader) if isinstance(content, dict) else None
     except OSError as error:
@@ -83,7 +104,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def parse_config(
     types: type | Sequence[type], argv: Sequence[str] | None = None, description: str | None = None
 ) -> tuple[Any, ...]:
-    """Fill dataclasses from `--config FILE.yaml` and command-line options; the command line wins.
+    """Fill dataclasses from `--config FILE.yaml` (or a first word `FILE.yaml`) and options, which win.
 
     YAML values pass through the same type checks as options, so `learning_rate: 1e-3` (which YAML 1.1 reads
     as a string) is a number here. An unknown key or option raises `UserError` and names the nearest known one.
@@ -98,6 +119,8 @@ def parse_config(
     hints = {key: hint for kind in parser.dataclass_types for key, hint in get_type_hints(kind).items()}
     known = {action.dest for action in parser._actions} - {"help", "config"}
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and not argv[0].startswith("-"):
+        argv.insert(0, "--config")
 
     config, _ = _config_option(argv)
     from_file: list[str] = []
@@ -123,7 +146,23 @@ def parse_config(
         option = next((word for word in unknown if word.startswith("--")), unknown[0])
         name = option.lstrip("-").split("=")[0].replace("-", "_")
         raise UserError(f"unknown option {option!r}{did_you_mean(name, known)}")
+    for config in filled:
+        _expand_data_folder(config)
     return tuple(filled)
+
+
+def _expand_data_folder(config: Any) -> None:
+    """`$HF_SAI_DATA` in the values of a dataclass, replaced."""
+    for spec in dataclasses.fields(config):
+        value = getattr(config, spec.name)
+        values = [value] if isinstance(value, str) else value
+        if not isinstance(values, list) or not any(isinstance(v, str) and v.startswith("$") for v in values):
+            continue
+        expanded = [expand(v) if isinstance(v, str) else (v, None) for v in values]
+        if missing := next((reason for _, reason in expanded if reason), None):
+            raise UserError(f"{spec.name}: {missing}")
+        found = [path for path, _ in expanded]
+        setattr(config, spec.name, found[0] if isinstance(value, str) else found)
 
 
 def _as_options(key: str, value: Any, where: str) -> list[str]:
@@ -261,7 +300,7 @@ _SECRET = ("hub_token", "push_to_hub_token")
 # Names of a person's places and accounts. `push_to_hub_*` and `logging_dir` are of transformers 4.
 _PRIVATE = (
     *("output_dir", "logging_dir", "run_name", "hub_model_id", "push_to_hub_model_id", "push_to_hub_organization"),
-    *("trackio_space_id", "trackio_static_space_id", "trackio_bucket_id"),
+    *("overwrite_output_dir", "trackio_space_id", "trackio_static_space_id", "trackio_bucket_id"),
 )
 
 
@@ -311,14 +350,15 @@ def run_record(recipe: str, configs: Sequence[Any], **results: Any) -> dict[str,
 
 
 def check_writable(option: str, folder: str | Path) -> None:
-    """Make a folder and try to write in it: before a run, not after it.
+    """Try to write in a folder, or in the nearest one above it that exists: before a run, not after it. Makes nothing.
 
     Raises:
-        UserError: it cannot be made, or nothing can be written in it.
+        UserError: nothing can be written in it.
     """
+    folder = Path(folder)
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=existing) as file:
             file.write(b"x")
     except OSError as error:
         raise UserError(f"{option}: cannot write in {str(folder)!r} ({error.strerror}); give another folder") from error

@@ -1,4 +1,4 @@
-"""Several runs on one page: `python recipes/compare.py RECORD.json ... --output FOLDER`.
+"""Several runs on one page: `python -m recipes.compare RECORD.json ... --output FOLDER`.
 
 Reads the `record.json` files that `gpt2_pretrain.py` writes and leaves comparison.md, comparison.html (one file, images
 inside) and the figures: the loss curves over tokens and over time, the optimizer's time in a step, its memory. That is

@@ -82,6 +82,10 @@ def load_e2e(source: str, revision: str | None = None) -> E2EData:
     for split in FILE_STEMS:
         mr, reference = _columns(splits[split].column_names, f"{source}, split {split}")
         rows[split] = [Row(*pair) for pair in zip(splits[split][mr], splits[split][reference], strict=True)]
+        for i, row in enumerate(rows[split]):
+            for column, text in zip((mr, reference), row, strict=True):
+                if not (text or "").strip():
+                    raise UserError(f"data: {source}, split {split}, row {i}: empty {column}")
     return E2EData(**rows)
 
 

@@ -1,7 +1,7 @@
 """A tour of a few minutes, offline: LoRA on E2E-style data with SGD-SaI beside AdamW, at one learning rate.
 
-    python recipes/demo.py                      # a small set made by our own grammar
-    python recipes/demo.py --data FOLDER        # the real E2E set (official CSV files), bounded steps, same code
+    python -m recipes.demo                      # a small set made by our own grammar
+    python -m recipes.demo --data FOLDER        # the real E2E set (official CSV files), bounded steps, same code
 
 It makes text, pretrains a small GPT-2 on it (tokenizer included), fine-tunes that twice with `gpt2_lora_e2e.py`,
 generates, scores, and writes `report.md` with a table, sentences and plots.
@@ -37,7 +37,7 @@ class DemoArguments:
     """How much of everything: the defaults take a few minutes on two cores."""
 
     data: str | None = field(default=None, metadata={"help": "Folder of E2E CSV files; by default a set of our own."})
-    output: str = field(default="demo_output", metadata={"help": "Folder for everything that is written."})
+    output_dir: str = field(default="outputs/demo", metadata={"help": "Folder for everything that is written."})
     learning_rate: float = field(default=3e-3, metadata={"help": "Of both optimizers: SGD-SaI takes AdamW's units."})
     steps: int = field(default=300, metadata={"help": "Of fine-tuning, 16 texts each."})
     pretrain_steps: int = field(default=1200, metadata={"help": "Of pretraining, 16 texts each."})
@@ -113,7 +113,7 @@ def pretrain(rows: list[Row], tokenizer: PreTrainedTokenizerFast, steps: int, fo
 
 def fine_tune(name: str, base: Path, data: Path, demo: DemoArguments) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """The recipe's record and predictions for one optimizer."""
-    folder = Path(demo.output) / name
+    folder = Path(demo.output_dir) / name
     config = E2EArguments(
         model=str(base),
         data=str(data),
@@ -140,6 +140,7 @@ def fine_tune(name: str, base: Path, data: Path, demo: DemoArguments) -> tuple[d
         save_strategy="no",
         seed=1,
         use_cpu=True,
+        overwrite_output_dir=True,
     )
     record = run(config, args)
     with open(folder / "predictions.tsv", encoding="utf-8", newline="") as file:
@@ -186,8 +187,8 @@ def main() -> None:
     # peft reads an attribute that transformers deprecates: nothing a user of the demo could act on
     warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
     (demo,) = parse_config([DemoArguments], description=__doc__)
-    output, clock = Path(demo.output), Clock()
-    check_writable("output", output)
+    output, clock = Path(demo.output_dir), Clock()
+    check_writable("output_dir", output)
     if demo.data:
         folder = Path(demo.data)
         clock.say(f"data: {folder}")

@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from recipes.common import markdown_text
 from recipes.diffusion_config import DiffusionArguments
 from recipes.diffusion_model import EMBEDDINGS
+from recipes.models import hub_name
 
 
 def model_card(record: dict[str, Any], config: DiffusionArguments, grid: str | None) -> ModelCard:
@@ -19,15 +20,17 @@ def model_card(record: dict[str, Any], config: DiffusionArguments, grid: str | N
         grid: file name of a picture beside the card.
     """
     settings = record["config"]
+    base = hub_name(config.model) and settings["model"]
+    named = base or f"{settings['model']} (a local folder)"
     data = ModelCardData(
-        base_model=settings["model"],
+        base_model=base,
         library_name="diffusers",
         tags=["lora", "text-to-image", "stable-diffusion", str(settings["optim"])],
         pipeline_tag="text-to-image",
         instance_prompt=record["captions"][0],
     )
     rows = [
-        ("base model", markdown_text(settings["model"])),
+        ("base model", markdown_text(named)),
         ("images", record["images"]),
         ("tokens", " ".join(f"`{token}`" for token in config.concept_tokens) or "none"),
         ("optimizer", markdown_text(f"{settings['optim']} {settings.get('optim_args') or ''}")),
@@ -41,7 +44,7 @@ def model_card(record: dict[str, Any], config: DiffusionArguments, grid: str | N
     load = [
         "from diffusers import DiffusionPipeline",
         "",
-        f"pipe = DiffusionPipeline.from_pretrained({json.dumps(settings['model'])})",
+        f"pipe = DiffusionPipeline.from_pretrained({json.dumps(base or 'FOLDER OF THE BASE')})",
         'pipe.load_lora_weights("FOLDER")',
     ]
     names = [
@@ -61,7 +64,7 @@ def model_card(record: dict[str, Any], config: DiffusionArguments, grid: str | N
                 )
     code = "\n".join(load)
     about = (
-        f"A LoRA for {markdown_text(settings['model'])}, trained by `recipes/diffusion_lora.py` of hf_sai "
+        f"A LoRA for {markdown_text(named)}, trained by `recipes/diffusion_lora.py` of hf_sai "
         f"{record['versions'].get('hf_sai', '')}.\n\n{table}\n\n```python\n{code}\n```\n"
     )
     if grid:

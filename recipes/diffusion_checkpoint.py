@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from recipes.common import UserError, write_json
 from recipes.diffusion_model import trained_state
 
+_OPTION = "resume_from_checkpoint"
 _PROGRESS = "progress.json"
 _WEIGHTS = "trained.safetensors"
 
@@ -35,7 +36,7 @@ def save_only_what_trains(accelerator: Any) -> None:
             saved = load_file(Path(folder) / _WEIGHTS)
             trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
             if {n: p.shape for n, p in trained.items()} != {n: t.shape for n, t in saved.items()}:
-                raise UserError(f"resume: {folder} is of a run with another LoRA or other concept tokens")
+                raise UserError(f"{_OPTION}: {folder} is of a run with another LoRA or other concept tokens")
             for name, p in trained.items():
                 p.data.copy_(saved[name])
 
@@ -74,12 +75,10 @@ def _checkpoints(output_dir: Path) -> list[Path]:
     return sorted(folder for folder in output_dir.glob("checkpoint-*") if (folder / _PROGRESS).is_file())
 
 
-def find_checkpoint(wanted: str, output_dir: Path) -> Path:
-    """The folder `wanted`, or the newest checkpoint of `output_dir` for `last`."""
-    found = (_checkpoints(output_dir) or [None])[-1] if wanted == "last" else Path(wanted)
-    if found is None or not (found / _PROGRESS).is_file():
-        raise UserError(f"resume: no checkpoint at {wanted!r} (output_dir {output_dir})")
-    return found
+def last_checkpoint(output_dir: Path) -> str | None:
+    """The newest whole checkpoint of `output_dir`."""
+    found = _checkpoints(output_dir)
+    return str(found[-1]) if found else None
 
 
 def load_checkpoint(accelerator: Any, folder: Path, samples_per_step: int) -> dict[str, Any]:
@@ -90,22 +89,26 @@ def load_checkpoint(accelerator: Any, folder: Path, samples_per_step: int) -> di
         folder: a checkpoint.
         samples_per_step: over all processes; with another number the data would go on at another place.
     """
+    if not (folder / _PROGRESS).is_file():
+        raise UserError(f"{_OPTION}: {folder} is not a checkpoint of this recipe: it has no {_PROGRESS}")
     try:
         progress: dict[str, Any] = json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))
         saved = progress["samples_per_step"]
         if not isinstance(progress["step"], int) or not isinstance(progress["history"], list):
             raise TypeError("step must be a number and history a list")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"resume: {folder / _PROGRESS} is damaged: {error!r}; resume from another one") from error
+        raise UserError(f"{_OPTION}: {folder / _PROGRESS} is damaged: {error!r}; resume from another one") from error
     if saved != samples_per_step:
         raise UserError(
-            f"resume: {folder} was saved at {saved} samples a step, this run has "
-            f"{samples_per_step}; keep processes x train_batch_size x gradient_accumulation_steps"
+            f"{_OPTION}: {folder} was saved at {saved} samples a step, this run has "
+            f"{samples_per_step}; keep processes x per_device_train_batch_size x gradient_accumulation_steps"
         )
     try:
         accelerator.load_state(str(folder))
     except UserError:
         raise
     except Exception as error:  # each of the files has its own kinds
-        raise UserError(f"resume: {folder} is damaged or of another run: {error}; resume from another one") from error
+        raise UserError(
+            f"{_OPTION}: {folder} is damaged or of another run: {error}; resume from another one"
+        ) from error
     return progress

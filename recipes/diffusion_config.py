@@ -5,13 +5,15 @@ import re
 from dataclasses import dataclass, field
 
 from recipes.common import UserError
+from recipes.run_folder import HELP as RESUME_HELP
+from recipes.run_folder import OVERWRITE_HELP
 
 _CHOICES = {"on_bad_image": ("skip", "stop"), "mixed_precision": ("no", "fp16", "bf16", None)}
 _AT_LEAST_ONE = (
-    *("lora_r", "train_batch_size", "gradient_accumulation_steps", "max_steps", "logging_steps", "max_image_pixels"),
-    *("validation_images", "inference_steps", "checkpoints_kept", "prior_images"),
+    *("lora_r", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "logging_steps"),
+    *("max_image_pixels", "validation_images", "inference_steps", "save_total_limit", "prior_images"),
 )
-_NOT_NEGATIVE = ("snr_gamma", "noise_offset", "max_grad_norm", "checkpoint_steps", "validation_steps", "prior_weight")
+_NOT_NEGATIVE = ("snr_gamma", "noise_offset", "max_grad_norm", "save_steps", "validation_steps", "prior_weight")
 
 
 @dataclass
@@ -25,7 +27,7 @@ class DiffusionArguments:
     )
     revision: str | None = field(default=None, metadata={"help": "Revision of the hub's model."})
     variant: str | None = field(default=None, metadata={"help": "Variant of the hub's weight files, such as fp16."})
-    output_dir: str = field(default="out/diffusion_lora", metadata={"help": "Where everything is written."})
+    output_dir: str = field(default="outputs/diffusion_lora", metadata={"help": "Where everything is written."})
     record: str | None = field(default=None, metadata={"help": "Where the record goes besides output_dir/record.json."})
 
     caption: str | None = field(default=None, metadata={"help": "One caption for all images, instead of files."})
@@ -39,7 +41,9 @@ class DiffusionArguments:
     flip: bool = field(default=False, metadata={"help": "Mirror half of the samples."})
     cache_latents: bool = field(default=False, metadata={"help": "Encode the images once. Not with random_crop."})
     cache_prompts: bool = field(default=False, metadata={"help": "Encode the captions once, if no text part trains."})
-    num_workers: int = field(default=0, metadata={"help": "Processes that read images, on each training process."})
+    dataloader_num_workers: int = field(
+        default=0, metadata={"help": "Processes that read images, on each training process."}
+    )
 
     concept_tokens: list[str] = field(
         default_factory=lambda: ["<V>"],
@@ -63,7 +67,7 @@ class DiffusionArguments:
     prior_images: int = field(default=100, metadata={"help": "How many class images are made."})
     prior_weight: float = field(default=1.0, metadata={"help": "Of the class images' loss."})
 
-    train_batch_size: int = field(default=1, metadata={"help": "Per process, not counting class images."})
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "Per process, not counting class images."})
     gradient_accumulation_steps: int = 1
     max_steps: int = field(default=500, metadata={"help": "Optimizer steps."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Gradients are clipped to this norm; 0 for never."})
@@ -73,11 +77,10 @@ class DiffusionArguments:
     mixed_precision: str | None = field(default=None, metadata={"help": "no, fp16 or bf16; by default accelerate's."})
     seed: int = 0
 
-    checkpoint_steps: int = field(
-        default=0, metadata={"help": "Save the whole state every so many steps; 0 for never."}
-    )
-    checkpoints_kept: int = field(default=2, metadata={"help": "Older ones are deleted."})
-    resume: str | None = field(default=None, metadata={"help": "A checkpoint's folder, or `last`."})
+    save_steps: int = field(default=0, metadata={"help": "Save the whole state every so many steps; 0 for never."})
+    save_total_limit: int = field(default=2, metadata={"help": "Older ones are deleted."})
+    resume_from_checkpoint: str | None = field(default=None, metadata={"help": RESUME_HELP})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": OVERWRITE_HELP})
 
     validation_prompts: list[str] | None = field(default=None, metadata={"help": "Prompts to draw samples for."})
     validation_steps: int = field(default=0, metadata={"help": "Draw them every so many steps; 0 for the end only."})

@@ -1,6 +1,6 @@
 """One picture of several diffusion LoRA runs: a row for each run, a column for each validation prompt.
 
-python recipes/diffusion_grid.py --runs out/sgd_sai out/adamw --output comparison.png [--report_to tensorboard]
+python -m recipes.diffusion_grid --runs out/sgd_sai out/adamw --output comparison.png [--report_to tensorboard]
 """
 
 import json

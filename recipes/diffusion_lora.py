@@ -1,12 +1,13 @@
 """LoRA fine-tuning of Stable Diffusion on a visual concept, with a new token for it (section 5.3.2 of the paper).
 
-    python recipes/diffusion_lora.py --data photos/ --concept_init dog --validation_prompts "a pencil sketch of <V>"
+    python -m recipes.diffusion_lora --data photos/ --concept_init dog --validation_prompts "a pencil sketch of <V>"
     accelerate launch --config_file accelerate_configs/ddp.yaml recipes/diffusion_lora.py --config ...
 
 Writes to `output_dir`: `lora/` (for `load_lora_weights` and `load_textual_inversion`, with a model card), `samples/`
 with `grid.png`, `record.json`, and checkpoints.
 """
 
+import functools
 import hashlib
 import logging
 import math
@@ -31,11 +32,12 @@ from recipes.common import (
     public_settings,
     run_main,
     run_record,
+    start_logging,
     write_json,
     write_text,
 )
 from recipes.diffusion_card import model_card
-from recipes.diffusion_checkpoint import find_checkpoint, load_checkpoint, save_checkpoint, save_only_what_trains
+from recipes.diffusion_checkpoint import last_checkpoint, load_checkpoint, save_checkpoint, save_only_what_trains
 from recipes.diffusion_config import DiffusionArguments
 from recipes.diffusion_data import Example, load_examples, open_image
 from recipes.diffusion_loss import LossByTimestep, draw_noise, min_snr_weights, sample_losses, target_of
@@ -55,7 +57,9 @@ from recipes.diffusion_model import (
 from recipes.diffusion_samples import sample, save_picture
 from recipes.diffusion_source import Source
 from recipes.diffusion_validation import Validation, new_accelerator, track
+from recipes.models import check_model
 from recipes.optimizers import OptimizerArguments, build_optimizer
+from recipes.run_folder import run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -168,14 +172,19 @@ def run(config: DiffusionArguments, args: OptimizerArguments) -> dict[str, Any]:
     """Train, draw samples, save; returns the record, on every process.
 
     Raises:
-        UserError: bad data, model or settings.
+        UserError: bad data, model or settings, or an `output_dir` that holds or is held by another run.
     """
-    output_dir = Path(config.output_dir)
-    check_writable("output_dir", output_dir)
     if config.record:
         check_writable("record", Path(config.record).parent)
     check_schedule(args)
-    checkpoint = find_checkpoint(config.resume, output_dir) if config.resume else None
+    check_model(config.model, "model_index.json")
+    last = functools.partial(last_checkpoint, Path(config.output_dir))
+    with run_folder(config.output_dir, config.resume_from_checkpoint, last, config.overwrite_output_dir) as checkpoint:
+        return _run(config, args, Path(checkpoint) if checkpoint else None)
+
+
+def _run(config: DiffusionArguments, args: OptimizerArguments, checkpoint: Path | None) -> dict[str, Any]:
+    output_dir = Path(config.output_dir)
     accelerator = new_accelerator(
         config.report_to,
         output_dir / "logs",
@@ -185,7 +194,9 @@ def run(config: DiffusionArguments, args: OptimizerArguments) -> dict[str, Any]:
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("mixed_precision: fp16 needs a GPU; use bf16 or no on a CPU")
     sharded = accelerator.distributed_type == DistributedType.FSDP
-    samples_per_step = config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
+    samples_per_step = (
+        config.per_device_train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
+    )
 
     with accelerator.local_main_process_first():
         examples = load_examples(
@@ -273,7 +284,7 @@ def run(config: DiffusionArguments, args: OptimizerArguments) -> dict[str, Any]:
         timer.stop()
         bar.update()
         step = progress["step"] = progress["step"] + 1
-        saves = config.checkpoint_steps > 0 and step % config.checkpoint_steps == 0
+        saves = config.save_steps > 0 and step % config.save_steps == 0
         if step % config.logging_steps == 0 or saves or step == config.max_steps:
             log = {"lr": scheduler.get_last_lr()[0], **by_timestep.take(accelerator)}
             progress["history"].append({"step": step, **log})
@@ -284,7 +295,7 @@ def run(config: DiffusionArguments, args: OptimizerArguments) -> dict[str, Any]:
                 logger.warning("the loss is not finite at step %d: lower learning_rate or set max_grad_norm", step)
         look(step)
         if saves:
-            save_checkpoint(accelerator, output_dir, progress, config.checkpoints_kept)
+            save_checkpoint(accelerator, output_dir, progress, config.save_total_limit)
     bar.close()
 
     trained = trained_parts(pipe, config.concept_tokens)  # on every process: it gathers what is sharded
@@ -346,7 +357,7 @@ def in_one_piece(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    start_logging()
     config, args = parse_config([DiffusionArguments, OptimizerArguments], description=__doc__)
     run(config, args)
 

@@ -52,9 +52,9 @@ class Source:
     def batches(self, first: int, last: int, accelerator: Accelerator) -> Iterator[dict[str, Any]]:
         """This process's batches from number `first` to `last`."""
         numbers = SampleNumbers(
-            first, last, self.config.train_batch_size, accelerator.process_index, accelerator.num_processes
+            first, last, self.config.per_device_train_batch_size, accelerator.process_index, accelerator.num_processes
         )
         # A generator of its own: the loader would draw from the global one, whose state a checkpoint restores.
         generator = torch.Generator().manual_seed(self.config.seed)
-        workers = self.config.num_workers
+        workers = self.config.dataloader_num_workers
         yield from DataLoader(self.dataset, batch_sampler=numbers, num_workers=workers, generator=generator)

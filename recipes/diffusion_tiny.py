@@ -12,6 +12,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
+_LETTERS = "abcdefghijklmnopqrstuvwxyz<>"
 
 
 def word_tokenizer(words: Iterable[str], length: int) -> CLIPTokenizer:
@@ -26,16 +27,19 @@ def word_tokenizer(words: Iterable[str], length: int) -> CLIPTokenizer:
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
+    # Special, so that they are numbered here: the trainer numbers a letter that ends a word when it first meets one, in
+    # the order of a hash table, and joins pairs that are as frequent in the order of their numbers.
+    endings = [f"{letter}</w>" for letter in _LETTERS]
     trainer = trainers.BpeTrainer(
         vocab_size=10_000,
         min_frequency=1,
         end_of_word_suffix="</w>",
-        initial_alphabet=[*"abcdefghijklmnopqrstuvwxyz<>"],
-        special_tokens=[_START, _END],
+        initial_alphabet=[*_LETTERS],
+        special_tokens=[_START, _END, *endings],
         show_progress=False,
     )
     # Letters on their own, as the end of a word too: what is no known word must still be tokens.
-    backend.train_from_iterator([*sorted(set(words)), *"abcdefghijklmnopqrstuvwxyz<>"], trainer)
+    backend.train_from_iterator([*sorted(set(words)), *_LETTERS], trainer)
     learned = json.loads(backend.to_str())["model"]
     merges = [" ".join(pair) for pair in learned["merges"]]
     with tempfile.TemporaryDirectory() as folder:  # files are what every version of transformers reads

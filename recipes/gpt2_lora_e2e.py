@@ -1,6 +1,6 @@
 """LoRA fine-tuning of a GPT-2 on the E2E set, then generation and the five scores (Table 4 of the paper).
 
-    python recipes/gpt2_lora_e2e.py --config recipes/configs/gpt2_medium_sgd_sai.yaml
+    python -m recipes.gpt2_lora_e2e --config recipes/configs/gpt2_medium_sgd_sai.yaml
     accelerate launch --config_file accelerate_configs/ddp.yaml recipes/gpt2_lora_e2e.py --config ... --optim sgdm
 
 Writes to `output_dir`: `adapter/` (PEFT format, with a model card), `record.json`, `predictions.tsv`, `losses.png`,
@@ -8,6 +8,7 @@ Writes to `output_dir`: `adapter/` (PEFT format, with a model card), `record.jso
 """
 
 import csv
+import functools
 import io
 import logging
 import math
@@ -25,8 +26,6 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from tqdm import tqdm
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     DataCollatorForSeq2Seq,
     GenerationConfig,
     Trainer,
@@ -47,11 +46,14 @@ from recipes.common import (
     parse_config,
     run_main,
     run_record,
+    start_logging,
     write_json,
     write_text,
 )
 from recipes.data import HUB_NAME, E2ETokens, Group, clean, group, load_e2e, prompt_ids
+from recipes.models import base_weights, check_model, hub_name, load_model
 from recipes.optimizers import RecipeArguments, trainer_optimizer
+from recipes.run_folder import run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +63,8 @@ class E2EArguments:
     """Model, data, adapter, decoding and scoring; training is `RecipeArguments`."""
 
     model: str = field(
-        default="openai-community/gpt2-medium", metadata={"help": "Causal language model: hub name or folder."}
+        default="openai-community/gpt2-medium",
+        metadata={"help": "Causal language model: hub name, folder, or smollm2 (recipes/smollm2.py)."},
     )
     data: str = field(default=HUB_NAME, metadata={"help": "Hub name, or a folder with the official CSV files."})
     data_revision: str | None = field(default=None, metadata={"help": "Revision of the hub's data set."})
@@ -121,23 +124,6 @@ class E2ETrainer(Trainer):
             return super().compute_loss(model, inputs, *args, **kwargs)
         finally:
             self.label_smoother = smoother
-
-
-def load_model(name: str) -> tuple[Any, Any]:
-    """Model and tokenizer by hub name or folder; padding is the end-of-text token where the tokenizer has none."""
-    try:
-        # False, and not the default, with which transformers asks on the terminal whether to run code beside the model.
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model: could not load {name!r} as a causal language model: {error}") from error
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"model: the tokenizer of {name!r} has no end-of-text token (eos_token), which ends an output")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    for settings in (model.config, model.generation_config):
-        settings.pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer
 
 
 def check_lengths(model: Any, tokenizer: Any, groups: list[Group], config: E2EArguments) -> int:
@@ -232,7 +218,7 @@ def score(outputs: list[str], groups: list[Group], metrics: list[str]) -> dict[s
 
 
 def predictions_table(groups: list[Group], outputs: list[str]) -> str:
-    """Tab-separated `MR`, `output`: what `hf-sai score` reads."""
+    """Tab-separated `MR`, `output`: what `hf-sai score` reads, with `--max-mrs` where `max_test_mrs` was set."""
     text = io.StringIO()
     writer = csv.writer(text, delimiter="\t", lineterminator="\n")
     writer.writerows([("MR", "output"), *((one.mr, output) for one, output in zip(groups, outputs, strict=True))])
@@ -242,6 +228,7 @@ def predictions_table(groups: list[Group], outputs: list[str]) -> str:
 def model_card(record: dict[str, Any], config: E2EArguments) -> ModelCard:
     """The adapter's card: base model, data, optimizer, learning rate and scores, in the hub's format."""
     settings, scores = record["config"], record["scores"]
+    base = record["base_model"] or settings["model"]
     results = [
         EvalResult(
             task_type="text-generation",
@@ -253,14 +240,15 @@ def model_card(record: dict[str, Any], config: E2EArguments) -> ModelCard:
         for name, value in scores.items()
     ]
     data = ModelCardData(
-        base_model=settings["model"],
+        base_model=record["base_model"],
         library_name="peft",
         tags=["lora", "e2e_nlg", str(settings["optim"])],
         model_name="LoRA on E2E",
         eval_results=results,
     )
     rows = [
-        ("base model", settings["model"]),
+        ("base model", base if record["base_model"] else f"{base} (a local folder)"),
+        *([("base weights", record["base_weights"])] if record["base_weights"] else []),
         ("data", settings["data"]),
         ("optimizer", f"{settings['optim']} {settings.get('optim_args', '')}".strip()),
         ("learning rate", f"{settings['learning_rate']:g}"),
@@ -272,7 +260,7 @@ def model_card(record: dict[str, Any], config: E2EArguments) -> ModelCard:
     ]
     table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {markdown_text(value)} |" for name, value in rows)])
     about = (
-        f"A LoRA adapter for {markdown_text(settings['model'])}, trained by `recipes/gpt2_lora_e2e.py` of hf_sai "
+        f"A LoRA adapter for {markdown_text(base)}, trained by `recipes/gpt2_lora_e2e.py` of hf_sai "
         f"{record['versions'].get('hf_sai', '')} to turn a table of attributes into a sentence.\n\n{table}\n\n"
         f"Prompt: `name : Blue Spice | Type : coffee shop | area : city centre`, then the end-of-text token. "
         f"Decoding: {config.num_beams} beams, length penalty {config.length_penalty:g}, "
@@ -298,16 +286,21 @@ def run(config: E2EArguments, args: RecipeArguments) -> dict[str, Any]:
     """Train, evaluate, generate, score, save; returns the record, on every process.
 
     Raises:
-        UserError: bad data, model or settings.
+        UserError: bad data, model or settings, or an `output_dir` that holds or is held by another run.
     """
-    state = PartialState()
-    folder = Path(args.output_dir)
-    checkpoint = resume_point(args)
     if config.generate:
         check_scoring(config.metrics)
-    check_writable("output_dir", folder)
     if config.record:
         check_writable("record", Path(config.record).parent)
+    check_model(config.model)
+    last = functools.partial(last_whole_checkpoint, args.output_dir, args.world_size)
+    with run_folder(args.output_dir, args.resume_from_checkpoint, last, args.overwrite_output_dir) as checkpoint:
+        return _run(config, args, checkpoint)
+
+
+def _run(config: E2EArguments, args: RecipeArguments, checkpoint: str | None) -> dict[str, Any]:
+    state = PartialState()
+    folder = Path(args.output_dir)
     set_seed(args.seed)
 
     with state.main_process_first():
@@ -353,6 +346,8 @@ def run(config: E2EArguments, args: RecipeArguments) -> dict[str, Any]:
             train_rows=len(train),
             eval_rows=len(validation),
             test_mrs=len(groups) if config.generate else 0,
+            base_model=hub_name(config.model),
+            base_weights=base_weights(config.model, model.config.name_or_path),
             base_eval_loss=next((log["eval_loss"] for log in evaluations if log.get("step") == 0), None),
             train_loss=training.training_loss,
             eval_loss=eval_loss,
@@ -367,17 +362,6 @@ def run(config: E2EArguments, args: RecipeArguments) -> dict[str, Any]:
         save(trainer, tokenizer, record, config, folder, predictions)
     state.wait_for_everyone()
     return record
-
-
-def resume_point(args: RecipeArguments) -> str | None:
-    """The last whole checkpoint for `--resume_from_checkpoint last`, or the folder it names; None to start anew."""
-    wanted = args.resume_from_checkpoint
-    if not wanted:
-        return None
-    found = last_whole_checkpoint(args.output_dir) if wanted == "last" else wanted
-    if found is None or not Path(found).is_dir():
-        raise UserError(f"resume_from_checkpoint: no checkpoint at {wanted!r} (output_dir {args.output_dir})")
-    return found
 
 
 def save(
@@ -399,7 +383,8 @@ def save(
     for path in filter(None, (folder / "record.json", config.record)):
         write_json(path, record)
     scores = ", ".join(f"{name} {value:.4f}" for name, value in record["scores"].items())
-    print(f"validation loss {record['eval_loss']:.4f}; {scores}\nadapter, record and plots: {folder}")
+    print(f"validation loss {record['eval_loss']:.4f}{'; ' if scores else ''}{scores}")
+    print(f"adapter, record and plots: {folder}")
 
 
 def run_words(words: Sequence[str] | None = None) -> dict[str, Any]:
@@ -409,7 +394,7 @@ def run_words(words: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    start_logging()
     run_words()
 
 

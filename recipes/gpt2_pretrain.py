@@ -1,4 +1,6 @@
-"""Pretrain a GPT-2 from scratch on any text: `python recipes/gpt2_pretrain.py CONFIG.yaml [--option value ...]`.
+"""Pretrain a GPT-2 from scratch on any text: `python -m recipes.gpt2_pretrain CONFIG.yaml [--option value ...]`.
+
+`--model smollm2`, or any causal language model, trains all weights of that on instead.
 
 Runs alone or under `accelerate launch --config_file accelerate_configs/NAME.yaml`. Text, split, tokens and blocks are
 those of `pretrain_data.py`; training, resume and trackers are the Trainer's. In `output_dir` it leaves the model and
@@ -8,6 +10,7 @@ g-SNR of every block over time, and figures of it. `recipes/compare.py` puts sev
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import logging
@@ -15,7 +18,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +36,15 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, get_last_checkpoint
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
 from hf_sai import GSNRCallback
 from hf_sai.checkpoints import last_whole_checkpoint
 from hf_sai.initialisation import SCHEMES, initialise
 from hf_sai.monitor import read_record
 from hf_sai.probe import GPT2_SIZES
-from recipes.common import StepTimer, UserError, check_writable, parse_config, run_main, write_bytes, write_json
+from recipes.common import StepTimer, UserError, parse_config, run_main, start_logging, write_bytes, write_json
+from recipes.models import base_weights, check_model, hub_name, load_model
 from recipes.optimizers import RecipeArguments, trainer_optimizer
 from recipes.pretrain_data import (
     IGNORED,
@@ -51,8 +55,9 @@ from recipes.pretrain_data import (
     tokenize_corpus,
     train_tokenizer,
 )
-from recipes.pretrain_report import build_record, diverged, draw_curves, draw_gsnr
+from recipes.pretrain_report import build_record, diverged, draw_curves, draw_gsnr, summary
 from recipes.pretrain_text import Corpus
+from recipes.run_folder import run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +66,12 @@ logger = logging.getLogger(__name__)
 class ModelArguments:
     """The model, its tokenizer, and how the text is packed for it."""
 
+    model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Train on from this model, with its tokenizer, instead of fresh weights: smollm2, folder, hub name."
+        },
+    )
     model_size: str = field(default="small", metadata={"help": f"One of {', '.join(GPT2_SIZES)}."})
     n_layer: int | None = field(default=None, metadata={"help": "Instead of the size's."})
     n_head: int | None = field(default=None, metadata={"help": "Instead of the size's."})
@@ -93,6 +104,12 @@ class ModelArguments:
     max_eval_blocks: int | None = field(default=None, metadata={"help": "Validate on the first blocks only."})
 
     def __post_init__(self) -> None:
+        if self.model is not None:
+            check_model(self.model)
+            own = ("n_layer", "n_head", "n_embd", "model_vocab_size", "dropout", "init_scheme", "tokenizer")
+            defaults = {spec.name: spec.default for spec in fields(self)}
+            if changed := [name for name in own if getattr(self, name) != defaults[name]]:
+                raise UserError(f"{changed[0]} is for fresh weights; leave it out with `model`, which has its own")
         if self.model_size not in GPT2_SIZES:
             raise UserError(f"model_size must be one of {', '.join(GPT2_SIZES)}, got {self.model_size!r}")
         if self.init_scheme not in SCHEMES:
@@ -129,9 +146,6 @@ class PretrainArguments(RecipeArguments):
     logging_nan_inf_filter: bool = False
     max_loss: float = field(
         default=math.inf, metadata={"help": "A logged loss above it, or a loss of NaN, ends the run as diverged."}
-    )
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "`auto` (the last of output_dir, if any) or a checkpoint's folder."}
     )
 
     def __post_init__(self) -> None:
@@ -349,24 +363,6 @@ def set_length(args: PretrainArguments, options: ModelArguments, train_blocks: i
         args.warmup_steps = round(args.warmup_fraction * steps)
 
 
-def checkpoint_to_resume(args: PretrainArguments) -> str | None:
-    """The folder to go on from; `UserError` where `output_dir` holds an earlier run and nothing says what to do."""
-    folder = Path(args.output_dir)
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if args.resume_from_checkpoint == "auto":
-        return last_whole_checkpoint(folder)
-    if args.resume_from_checkpoint is None and last is not None:
-        raise UserError(
-            f"output_dir {args.output_dir} holds {Path(last).name} of an earlier run: "
-            "continue it with --resume_from_checkpoint auto, or give another output_dir"
-        )
-    if args.resume_from_checkpoint is not None and not Path(args.resume_from_checkpoint).is_dir():
-        raise UserError(
-            f"resume_from_checkpoint: no folder at {args.resume_from_checkpoint!r}; `auto` finds the last one"
-        )
-    return args.resume_from_checkpoint
-
-
 def pretrain(config: str | Path | Mapping[str, Any] | Sequence[str]) -> Path:
     """Train as `config` says and return the folder that holds the model and its tokenizer (`output_dir`).
 
@@ -377,11 +373,22 @@ def pretrain(config: str | Path | Mapping[str, Any] | Sequence[str]) -> Path:
         UserError: bad input; the message names the option, the rule and the remedy.
     """
     corpus, options, args = read_config(config)
-    check_writable("output_dir", args.output_dir)
-    checkpoint = checkpoint_to_resume(args)
+    last = functools.partial(last_whole_checkpoint, args.output_dir, args.world_size)
+    with run_folder(args.output_dir, args.resume_from_checkpoint, last, args.overwrite_output_dir) as checkpoint:
+        return _pretrain(corpus, options, args, checkpoint)
+
+
+def _pretrain(corpus: Corpus, options: ModelArguments, args: PretrainArguments, checkpoint: str | None) -> Path:
+    corpus.check_files()  # before the hub is asked for a tokenizer
     set_seed(args.seed)
-    tokenizer = load_tokenizer(corpus, options)
-    model = build_model(options, tokenizer)
+    if options.model is None:
+        tokenizer = load_tokenizer(corpus, options)
+        model: Any = build_model(options, tokenizer)
+    else:
+        model, tokenizer = load_model(options.model)
+        positions = getattr(model.config, "max_position_embeddings", None) or options.block_size
+        if options.block_size > positions:
+            raise UserError(f"block_size must be at most the model's {positions} positions, got {options.block_size}")
     train, validation = load_blocks(corpus, options, tokenizer)
     set_length(args, options, None if options.streaming else len(train))
     if validation is None:
@@ -410,13 +417,16 @@ def pretrain(config: str | Path | Mapping[str, Any] | Sequence[str]) -> Path:
     trainer.save_model()
     folder = Path(args.output_dir)
     if trainer.is_world_process_zero():
-        data = {
+        data: dict[str, Any] = {
             "vocabulary": len(tokenizer),
             "block_size": options.block_size,
             "validation_blocks": len(validation) if validation else 0,
         }
         if not options.streaming:
             data |= {"train_tokens": len(train.tokens), "train_blocks": len(train)}
+        if options.model is not None:
+            data["base_model"] = hub_name(options.model)
+            data["base_weights"] = base_weights(options.model, model.config.name_or_path)
         record = build_record(trainer, corpus, options, data)
         write_json(folder / "record.json", record)
         figure = io.BytesIO()
@@ -424,10 +434,11 @@ def pretrain(config: str | Path | Mapping[str, Any] | Sequence[str]) -> Path:
         write_bytes(folder / "curves.png", figure.getvalue())
         if args.gsnr_every:
             draw_gsnr(read_record(folder / "gsnr.json"), folder)
+        print(f"{summary(record)}\nmodel, record and curves: {folder}")
     trainer.accelerator.wait_for_everyone()
     return folder
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    start_logging()
     run_main(lambda: pretrain(sys.argv[1:]))

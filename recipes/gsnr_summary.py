@@ -1,6 +1,6 @@
 """What the g-SNR of some pretraining runs looks like, as one small JSON, and a figure of the first of them over time.
 
-    python recipes/gsnr_summary.py recipes/results/gsnr_5m.json outputs/gsnr/base outputs/gsnr/adamw ...
+    python -m recipes.gsnr_summary recipes/results/gsnr_5m.json outputs/gsnr/base outputs/gsnr/adamw ...
 
 Each folder is an `output_dir` of `gpt2_pretrain.py` that ran with `gsnr_every`. For each run and kind of block, [least,
 median, largest] over its blocks and the measured steps of: g-SNR / sqrt(d); g-SNR in units of the block's at the first
@@ -71,7 +71,7 @@ def summary(folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     if len(sys.argv) < 3:
-        raise UserError("usage: python recipes/gsnr_summary.py OUTPUT.json RUN_FOLDER ...")
+        raise UserError("usage: python -m recipes.gsnr_summary OUTPUT.json RUN_FOLDER ...")
     output, *folders = map(Path, sys.argv[1:])
     runs = [summary(folder) for folder in folders]
     last = json.loads((folders[-1] / "record.json").read_text(encoding="utf-8"))

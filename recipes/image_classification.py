@@ -1,4 +1,4 @@
-"""Train an image classifier from scratch: `python recipes/image_classification.py CONFIG.yaml [--option value ...]`.
+"""Train an image classifier from scratch: `python -m recipes.image_classification CONFIG.yaml [--option value ...]`.
 
 Vision transformers, ResNets and depthwise CNNs of transformers, on ImageNet, CIFAR, any folder or parquet file of
 images, or scikit-learn's digits (the paper's Tables 2 and 3, Figures 5 and 10). Runs alone or under `accelerate launch
@@ -8,7 +8,6 @@ in-process, for sweeps.
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.classifier import ClassifierArguments, read_config, summary, train_classifier
-from recipes.common import run_main
+from recipes.common import run_main, start_logging
 from recipes.image_data import ImageArguments, load_images
 from recipes.image_models import ImageModelArguments, build_model
 
@@ -61,5 +60,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    start_logging()
     run_main(main)

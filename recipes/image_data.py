@@ -269,7 +269,7 @@ def _digits(options: ImageArguments) -> tuple[Any, Any, int, str]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise UserError("dataset: `digits` comes with scikit-learn: pip install 'hf_sai[vision]'") from error
+        raise UserError("dataset: `digits` needs the package scikit-learn: pip install scikit-learn") from error
     bunch = load_digits()
     pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8), 0 to 16
     labels = torch.as_tensor(bunch.target, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""An LSTM language model over characters, from scratch: `python recipes/lstm_text.py CONFIG.yaml [--option value ...]`.
+"""An LSTM language model over characters, from scratch: `python -m recipes.lstm_text CONFIG.yaml [--option value ...]`.
 
 The check that SGD-SaI's scaling holds for recurrent networks. The Trainer's part, the record and `run` are those of
 `image_classification.py`; accuracies are those of the next character.
@@ -6,7 +6,6 @@ The check that SGD-SaI's scaling holds for recurrent networks. The Trainer's par
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,14 +18,16 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from recipes.classifier import ClassifierArguments, read_config, summary, train_classifier
-from recipes.common import UserError, run_main
+from recipes.common import UserError, run_main, start_logging
+from recipes.sample_text import NAME as SAMPLE
+from recipes.sample_text import sample_file
 
 
 @dataclass
 class LSTMArguments:
     """The text and the model."""
 
-    text: str = field(metadata={"help": "A UTF-8 text file."})
+    text: str = field(metadata={"help": "A UTF-8 text file; `sample` is a made text (sample_text.py)."})
     validation_fraction: float = field(default=0.1, metadata={"help": "The last part of the text."})
     sequence_length: int = field(default=128, metadata={"help": "In characters; the state starts at zero in each."})
     embedding_size: int = 64
@@ -82,7 +83,8 @@ class CharacterLSTM(nn.Module):
 def load_text(options: LSTMArguments) -> tuple[Sequences, Sequences, int]:
     """Training and validation sequences, and the number of distinct characters in the whole text."""
     try:
-        text = Path(options.text).read_text(encoding="utf-8")
+        path = sample_file() if options.text == SAMPLE else Path(options.text)
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"text: {options.text} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -121,5 +123,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    start_logging()
     run_main(main)

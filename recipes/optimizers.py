@@ -18,9 +18,12 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.training_args import OptimizerNames
 
+from hf_sai import SGDSaI, calibration
 from hf_sai.from_args import sgd_sai_from_args
-from hf_sai.optim_args import parse_optim_args
+from hf_sai.optim_args import normalize_optim_args, parse_optim_args
 from recipes.common import UserError, did_you_mean
+from recipes.run_folder import HELP as RESUME_HELP
+from recipes.run_folder import OVERWRITE_HELP
 
 # The names a recipe's `optim` takes besides transformers' own.
 OWN_OPTIMIZERS = ("sgd_sai", "sgd_sai_authors", "sgdm", "adam_mini", "prodigy", "muon", "scaled_adamw", "scaled_sgd")
@@ -42,6 +45,23 @@ def check_optimizer_name(name: str) -> str | OptimizerNames:
     return OptimizerNames(name)
 
 
+def meaning(optim: str, optim_args: Any = None) -> dict[str, Any]:
+    """What these two options mean in this version of the code: a changed default or constant of SGD-SaI changes it.
+
+    The learning rate and the weight decay are options of their own and not part of it.
+    """
+    if optim != "sgd_sai":
+        return {"optim": optim, "optim_args": optim_args}
+    defaults = {
+        name: p.default
+        for name, p in inspect.signature(SGDSaI).parameters.items()
+        if p.default is not p.empty and name not in ("lr", "weight_decay")
+    }
+    hyper = {name: str(value) for name, value in (defaults | parse_optim_args(optim_args)).items()}
+    rule = {name: getattr(calibration, name) for name in ("WINDOW", "INTERVAL", "LIMIT")}
+    return {"optim": optim, **hyper, **(rule if hyper["scaling"] == "adamw" else {})}
+
+
 def _or_user_error(function: Callable[..., Any], *values: Any) -> Any:
     try:
         return function(*values)
@@ -60,11 +80,13 @@ class RecipeArguments(TrainingArguments):
     report_to: None | str | list[str] = field(  # noqa: RUF036 (HfArgumentParser takes the second as the type)
         default="none", metadata={"help": "Trackers to log to (wandb, tensorboard, ...), or none."}
     )
+    resume_from_checkpoint: str | None = field(default=None, metadata={"help": RESUME_HELP})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": OVERWRITE_HELP})
 
     def __post_init__(self) -> None:
         optim = check_optimizer_name(self.optim)
         if optim == "sgd_sai":
-            _or_user_error(parse_optim_args, self.optim_args)
+            self.optim_args = _or_user_error(normalize_optim_args, self.optim_args)
         # The parent accepts its own names only; the recipes hand the optimizer to the Trainer themselves.
         self.optim = optim if isinstance(optim, OptimizerNames) else OptimizerNames.ADAMW_TORCH
         super().__post_init__()
@@ -81,7 +103,7 @@ class OptimizerArguments:
     )
     optim_args: str | None = field(default=None, metadata={"help": "Comma-separated key=value pairs."})
     learning_rate: float = field(
-        default=1e-3, metadata={"help": "In AdamW's units, for sgd_sai too unless optim_args says scaling=raw."}
+        default=3e-4, metadata={"help": "In AdamW's units, for sgd_sai too unless optim_args says scaling=raw."}
     )
     weight_decay: float = field(default=0.0, metadata={"help": "Not applied to biases and norms."})
     adam_beta1: float = 0.9
@@ -93,7 +115,7 @@ class OptimizerArguments:
     def __post_init__(self) -> None:
         self.optim = check_optimizer_name(self.optim)
         if self.optim == "sgd_sai":
-            _or_user_error(parse_optim_args, self.optim_args)
+            self.optim_args = _or_user_error(normalize_optim_args, self.optim_args)
 
 
 def _own_optim_args(cls: Callable[..., Any], text: str | None, extra: Iterable[str] = ()) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from recipes.interrupt import worker_start
+
 
 def plain_tokenizer(serialised: str) -> Tokenizer:
     """A copy to which "<|endoftext|>" inside a document is text, not a mark, and which cuts nothing off."""
@@ -32,6 +34,7 @@ _worker_tokenizer: Tokenizer
 
 def start_worker(serialised: str) -> None:
     global _worker_tokenizer
+    worker_start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _worker_tokenizer = plain_tokenizer(serialised)
 

@@ -62,6 +62,25 @@ def model_flops_per_token(config: Any, block_size: int) -> int:
     return int(6 * matrices + 12 * config.n_layer * config.n_embd * block_size)
 
 
+def _flops_per_token(model: Any, block_size: int) -> int:
+    """`model_flops_per_token` of a GPT-2; the same count from the weights of any other model."""
+    config = model.config
+    if config.model_type == "gpt2":
+        return model_flops_per_token(config, block_size)
+    matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)  # tied embeddings once: as the output
+    if not config.tie_word_embeddings:
+        matrices -= model.get_input_embeddings().weight.numel()
+    return 6 * matrices + 12 * config.num_hidden_layers * config.hidden_size * block_size
+
+
+def summary(record: Mapping[str, Any]) -> str:
+    """One line for the end of a run on the command line."""
+    final, seconds = record["final"], record["train_seconds"]
+    parts = [f"{name.replace('_', ' ')} {final[name]:.4f}" for name in ("eval_loss", "train_loss") if final.get(name)]
+    parts += [f"{record['steps']} steps, {record['tokens']:,} tokens, {seconds} s"]
+    return f"{label(record)}: {', '.join(parts).replace('eval', 'validation')}{', DIVERGED' * record['diverged']}"
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """The most memory this process held: allocated on the GPU, or resident on the CPU."""
     if device.type == "cuda":
@@ -102,7 +121,7 @@ def build_record(trainer: Any, corpus: Any, options: Any, data: dict[str, Any]) 
     if timing["steps_timed"]:
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         peak, source = matmul_peak(args.device, dtype)
-        flops = model_flops_per_token(model.config, options.block_size)
+        flops = _flops_per_token(model, options.block_size)
         rate = 1000 * trainer.tokens_per_step / timing["step_ms"]
         speed |= {
             "tokens_per_second": round(rate, 1),
@@ -156,13 +175,13 @@ def label(record: Mapping[str, Any]) -> str:
     return ", ".join(filter(None, parts))
 
 
-def _figure(panels: int) -> tuple[Any, Any]:
+def _figure(panels: int, sharey: bool = False) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4 * panels, 4.4), layout="constrained")
     FigureCanvasAgg(figure)  # no global state, no display
-    return figure, figure.subplots(1, panels, squeeze=False)[0]
+    return figure, figure.subplots(1, panels, squeeze=False, sharey=sharey)[0]
 
 
 def _plain(text: str) -> str:
@@ -192,7 +211,7 @@ def draw_curves(
         panel.set_xlabel("tokens" if axis == "tokens" else "seconds of training")
         panel.set_ylabel("loss (thin: training, dots: validation)")
         panel.grid(alpha=0.3)
-    panels[0].legend(fontsize="small")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
     figure.savefig(path, format="png", dpi=110)
 
 
@@ -200,7 +219,7 @@ def draw_costs(
     records: Sequence[Mapping[str, Any]], path: Path | BinaryIO, labels: Sequence[str] | None = None
 ) -> None:
     """Bars of the optimizer's median time in a step and of its state, as a PNG."""
-    figure, panels = _figure(2)
+    figure, panels = _figure(2, sharey=True)
     names = [_plain(labels[number] if labels else label(record)) for number, record in enumerate(records)]
     times = [record["speed"].get("optimizer_ms", 0.0) for record in records]
     sizes = [record["optimizer_state_bytes"] / 2**20 for record in records]
@@ -212,7 +231,7 @@ def draw_costs(
         bars = panel.barh(places, values, color=[f"C{place % 10}" for place in places])
         panel.bar_label(bars, fmt="%.3g", padding=3)
         panel.set_yticks(places, names)
-        panel.invert_yaxis()
-        panel.margins(x=0.15)
+        panel.margins(x=0.2)
         panel.set_xlabel(title)
+    panels[0].invert_yaxis()  # of both: they share it
     figure.savefig(path, format="png", dpi=110)

@@ -24,6 +24,8 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from recipes.common import UserError
+from recipes.sample_text import NAME as SAMPLE
+from recipes.sample_text import sample_file
 
 LINE_CHARACTERS = 1 << 20  # longer lines of a text file are read in parts
 TEXT_DOCUMENT_CHARACTERS = 1 << 14
@@ -34,7 +36,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 class Corpus:
     """Where the text comes from and how it is split.
 
-    Either `train_files` (paths or glob patterns; .parquet, .jsonl, .csv, .txt, the last three also with .gz) or
+    Either `train_files` (paths or glob patterns; .parquet, .jsonl, .csv, .txt, the last three also with .gz; `sample`
+    is the text of `sample_text.py`) or
     `dataset` (a name on the hub). A text file has no document marks of its own: a line that equals
     `document_separator` ends a document; without one the file is cut at empty lines into documents of about 16,000
     characters.
@@ -75,6 +78,11 @@ class Corpus:
         """The documents of `validation_files`."""
         return _file_documents(self.validation_files, self, "validation_files")
 
+    def check_files(self) -> None:
+        """Raise `UserError` for a file that is not there."""
+        for option in ("train_files", "validation_files"):
+            _expand(getattr(self, option), option)
+
     def held_out(self, digest: bytes) -> bool:
         """Whether the document with this digest belongs to validation; equal documents are on the same side."""
         if self.validation_files:
@@ -96,6 +104,9 @@ class Corpus:
 def _expand(patterns: Sequence[str], option: str) -> list[str]:
     paths: list[str] = []
     for pattern in patterns:
+        if pattern == SAMPLE:
+            paths.append(str(sample_file()))
+            continue
         found = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
         if not found or not all(os.path.isfile(path) for path in found):
             raise UserError(f"{option}: no file at {pattern!r}")

@@ -1,4 +1,4 @@
-"""A grid of runs, then the best of each at length: `python recipes/sweep.py FILE.yaml [--report]`.
+"""A grid of runs, then the best of each at length: `python -m recipes.sweep FILE.yaml [--report]`.
 
 The file names a recipe (`recipe`), its configuration (`base`), options that all runs share (`options`), the grid
 (`grid`: option -> values) and the optimizers (`runs`: name -> their `options`, and a `grid` of their own where the
@@ -6,9 +6,10 @@ shared one does not fit, as with other units). Every combination is one run, wit
 best point of each optimizer with other options and seeds. Several processes work at once, each imports the recipe once
 and does many runs.
 
-A killed sweep goes on where it stopped: a run whose record is in `output`, or whose row with the same options is in the
-results already (made on another machine, perhaps), is not repeated. What was found goes to `results`.json (one row a
-run) with a figure beside it; `--report` writes both from what is there.
+A killed sweep resumes: a run whose record is in `output`, or whose row is in the results already (made on another
+machine, perhaps), is not repeated. A row counts only for the same base configuration, the same options and the same
+meaning of `optim`: a changed default of SGD-SaI makes all its runs new ones. The rows go to `results`.json (one a run)
+with a figure beside it; `--report` writes both from the runs that have ended.
 """
 
 from __future__ import annotations
@@ -22,9 +23,7 @@ import json
 import logging
 import math
 import multiprocessing
-import os
 import statistics
-import threading
 import traceback
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -35,6 +34,8 @@ from typing import Any
 import torch
 
 from recipes.common import UserError, did_you_mean, machine, read_yaml, run_main, versions, write_json
+from recipes.interrupt import resumable, worker_start
+from recipes.optimizers import meaning
 from recipes.sweep_report import draw, larger_is_better
 
 # By the recipe's name: its module, the function there that takes command-line words, and where in its record the figure
@@ -46,8 +47,8 @@ RECIPES: dict[str, tuple[str, str, str]] = {
     "lstm_text": ("recipes.lstm_text", "run", "final.eval_loss"),
 }
 _FINAL = {"options", "seeds", "records"}
-# In a run's folder: the options it was begun with.
-TOLD = "sweep_options.json"
+# In a run's folder: the settings it was started with.
+SETTINGS = "sweep_settings.json"
 
 
 @dataclass
@@ -117,12 +118,20 @@ class Run:
     point: dict[str, Any]
     seed: int
     folder: Path
-    options: dict[str, Any]  # what it is told besides the base configuration
+    options: dict[str, Any]  # besides the base configuration
+    settings: dict[str, Any]  # the recipe, the base configuration, the options and what they mean for the optimizer
 
     @property
     def digest(self) -> str:
-        """Of all its options: a row of the results counts for a run only if it was made with the same ones."""
-        return hashlib.sha256(json.dumps(self.options, sort_keys=True).encode()).hexdigest()[:12]
+        """Of its settings: a row of the results counts for a run only if it was made with the same ones."""
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:12]
+
+    def holds_other_settings(self) -> bool:
+        """Whether the folder has a run, finished or not, that was started with other settings."""
+        path = self.folder / SETTINGS
+        if path.exists():
+            return bool(json.loads(path.read_text(encoding="utf-8")) != self.settings)
+        return (self.folder / "record.json").exists()
 
     def words(self, base: str) -> list[str]:
         words = ["--config", base, f"--output_dir={self.folder}"]
@@ -152,7 +161,11 @@ def _run(sweep: Sweep, name: str, point: dict[str, Any], seed: int, more: Mappin
     options = {**sweep.options, **(sweep.runs[name].get("options") or {}), **point, **more, "seed": seed}
     parts = [name, *(str(value) for value in point.values()), *([f"seed{seed}"] if seed != sweep.seeds[0] else [])]
     folder = "_".join(part.replace("/", "-") for part in parts) + suffix
-    return Run(name, point, seed, Path(sweep.output) / folder, options)
+    base = read_yaml(sweep.base)
+    chosen = base | options
+    optimizer = meaning(chosen.get("optim", "sgd_sai"), chosen.get("optim_args"))
+    settings = _plain({"recipe": sweep.recipe, "base": base, "options": options, "optimizer": optimizer})
+    return Run(name, point, seed, Path(sweep.output) / folder, options, settings)
 
 
 def finals(sweep: Sweep, rows: list[dict[str, Any]]) -> list[Run]:
@@ -197,21 +210,14 @@ def best_points(rows: list[dict[str, Any]], metric: str) -> dict[str, dict[str, 
 
 
 def _start_worker() -> None:
-    end_with_parent()
+    worker_start()
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
 
 
-def end_with_parent() -> None:
-    """Let this worker end when the sweep is gone: killed, it cannot say so, and its worker would begin the next run."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
 def perform(recipe: str, base: str, run: Run) -> str | None:
     """Do one run in this process, its output in `run.log`; returns an error's text, None where there was none."""
-    write_json(run.folder / TOLD, _plain(run.options))
+    write_json(run.folder / SETTINGS, run.settings)
     try:
         module, function, _ = RECIPES[recipe]
         train = getattr(importlib.import_module(module), function)
@@ -221,7 +227,8 @@ def perform(recipe: str, base: str, run: Run) -> str | None:
             contextlib.redirect_stderr(log),
         ):
             try:
-                train(run.words(base))
+                unfinished = any(run.folder.glob("checkpoint-*"))
+                train([*run.words(base), *(["--resume_from_checkpoint=auto"] if unfinished else [])])
             except Exception:
                 traceback.print_exc()
                 raise
@@ -235,7 +242,7 @@ def perform(recipe: str, base: str, run: Run) -> str | None:
 def row_of(run: Run, metric: str, earlier: Mapping[str, dict[str, Any]] | None = None) -> dict[str, Any] | None:
     """A finished run as a row of the results: from its record, or from `earlier` results; None if it is in neither."""
     path = run.folder / "record.json"
-    if not path.exists():
+    if not path.exists() or run.holds_other_settings():
         return (earlier or {}).get(run.digest)
     record = json.loads(path.read_text(encoding="utf-8"))
     value: Any = record
@@ -256,7 +263,7 @@ def row_of(run: Run, metric: str, earlier: Mapping[str, dict[str, Any]] | None =
         "optimizer_ms": speed.get("optimizer_ms"),
         "finished": record.get("finished"),
         "cpu": (record.get("machine") or {}).get("cpu"),
-        "options": run.digest,
+        "digest": run.digest,
     }
 
 
@@ -265,13 +272,13 @@ def _numbers(point: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def earlier_rows(sweep: Sweep) -> dict[str, dict[str, Any]]:
-    """The rows of the results file as it is, by their options' digest."""
+    """The rows of the results file as it is, by their digest."""
     path = Path(sweep.results).with_suffix(".json")
     if not path.exists():
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return {row["options"]: row for row in [*content["runs"], *content["finals"]]}
+        return {row["digest"]: row for row in [*content["runs"], *content["finals"]]}
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"results: {path} is not what this sweep wrote ({error!r}); remove it or name another"
@@ -289,13 +296,10 @@ def _is_number(value: Any) -> bool:
 def do(sweep: Sweep, runs: list[Run]) -> Iterator[tuple[Run, str | None]]:
     """Do the runs that have no record yet; yields each as it ends, with its error if it failed."""
     earlier = earlier_rows(sweep)
-    left = [run for run in runs if run.digest not in earlier and not (run.folder / "record.json").exists()]
+    left = [run for run in runs if row_of(run, sweep.metric, earlier) is None]
     for run in left:
-        told = run.folder / TOLD
-        if told.exists() and json.loads(told.read_text(encoding="utf-8")) != _plain(run.options):
-            raise UserError(
-                f"output: {run.folder} holds an unfinished run with other options; remove it or give another output"
-            )
+        if run.holds_other_settings():
+            raise UserError(f"output: {run.folder} holds a run with other settings; remove it or give another output")
     if not left:
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks
@@ -304,13 +308,15 @@ def do(sweep: Sweep, runs: list[Run]) -> Iterator[tuple[Run, str | None]]:
         try:
             for task in as_completed(tasks):
                 yield tasks[task], task.result()
-        except BaseException:
+        except BaseException:  # Ctrl-C: runs that are not done yet are not waited for
             pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.terminate()
             raise
 
 
-def _plain(options: dict[str, Any]) -> Any:
-    return json.loads(json.dumps(options))
+def _plain(settings: dict[str, Any]) -> Any:
+    return json.loads(json.dumps(settings))
 
 
 def report(sweep: Sweep, file: str) -> dict[str, Any]:
@@ -322,7 +328,7 @@ def report(sweep: Sweep, file: str) -> dict[str, Any]:
     runs = finals(sweep, grid)
     content = {
         "sweep": Path(file).name,
-        "command": f"python recipes/sweep.py recipes/configs/{Path(file).name}",
+        "command": f"python -m recipes.sweep recipes/configs/{Path(file).name}",
         "recipe": sweep.recipe,
         "base": Path(sweep.base).name,
         "base_options": {k: v for k, v in read_yaml(sweep.base).items() if not _is_path(v)},
@@ -359,6 +365,11 @@ def main() -> None:
     sweep = Sweep.read(args.file)
     sweep.processes = args.processes or sweep.processes
     sweep.check(args.file)
+    with resumable(lambda: ""):
+        _work(sweep, args)
+
+
+def _work(sweep: Sweep, args: argparse.Namespace) -> None:
     failed: list[str] = []
     for stage in ("grid", "final") if not args.report else ():
         runs = planned(sweep)

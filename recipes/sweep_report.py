@@ -1,6 +1,6 @@
 """Figures of a sweep: the metric over the learning rate, heat maps, how it is spread over the grid; state against loss.
 
-    python recipes/sweep_report.py RESULTS.json ... --output FIGURE.png
+    python -m recipes.sweep_report RESULTS.json ... --output FIGURE.png
 
 puts several sweeps in one figure of optimizer state bytes against the best value (the Pareto front is drawn).
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -54,15 +55,21 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
     figure = _figure(11, 4.2 + 2.2 * lines)
     cells = figure.add_gridspec(1 + lines, _MAPS, height_ratios=[4.2, *[2.2] * lines])
     over, spread = figure.add_subplot(cells[0, : _MAPS // 2]), figure.add_subplot(cells[0, _MAPS // 2 :])
-    for number, (name, points) in enumerate(curves(rows, "learning_rate").items()):
-        over.plot(*zip(*points, strict=True), marker="o", ms=4, color=f"C{number}", label=name)
+    colours = _colours(names)
+    for name, points in curves(rows, "learning_rate").items():
+        over.plot(*zip(*points, strict=True), marker="o", ms=4, color=colours[name], label=name)
     over.set_xscale("log")
     over.set_xlabel("learning rate, each in its own units")
     over.set_ylabel(metric)
+    over.set_title("colours as on the right", fontsize=9)  # a legend would cover curves
     over.grid(alpha=0.3)
-    over.legend(fontsize="small")
     values = [[row["value"] for row in rows if row["run"] == name and row["value"] is not None] for name in names]
-    spread.boxplot(values, orientation="horizontal", whis=(0, 100))
+    style = {"medianprops": {"color": "black"}, "patch_artist": True}
+    boxes = spread.boxplot(values, orientation="horizontal", whis=(0, 100), **style)["boxes"]
+    key = {"transform": spread.get_yaxis_transform(), "clip_on": False, "marker": "s", "zorder": 3}  # on the frame
+    for place, (name, box) in enumerate(zip(names, boxes, strict=True), 1):
+        box.set_facecolor((colours[name], 0.6))  # lighter than the line of the median
+        spread.plot([0], [place], color=colours[name], **key)
     spread.set_yticks(range(1, len(names) + 1), names)
     spread.invert_yaxis()
     spread.set_xlabel(f"{metric} over the whole grid (diverged runs left out)")
@@ -104,8 +111,10 @@ def _heat_maps(
 
 def pareto(contents: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Optimizer state bytes against the best value, a panel a sweep; runs that no other beats in both are joined."""
-    figure = _figure(6.4 * len(contents), 4.6)
+    figure = _figure(7.4 * len(contents), 5.4)
     panels = figure.subplots(1, len(contents), squeeze=False)
+    colours = _colours(list(dict.fromkeys(name for content in contents for name in content["best"])))
+    labelled = []
     for panel, content in zip(panels[0], contents, strict=True):
         larger = larger_is_better(content["metric"])
         points = []
@@ -113,17 +122,65 @@ def pareto(contents: Sequence[Mapping[str, Any]], path: Path) -> None:
             sizes = [r["optimizer_state_bytes"] for r in content["runs"] if r["run"] == name]
             if best["value"] is not None and math.isfinite(float(best["value"])):
                 points.append((sizes[0] / 1e3, float(best["value"]), name))
-        for number, (size, value, name) in enumerate(points):
-            panel.scatter([size], [value], color=f"C{number % 10}", s=30)
-            panel.annotate(name, (size, value), textcoords="offset points", xytext=(3, 4), fontsize=7, rotation=40)
+        for size, value, name in points:
+            panel.scatter([size], [value], color=colours[name], s=30)
         front = pareto_front([(s, -v if larger else v) for s, v, _ in points])
         panel.plot([points[i][0] for i in front], [points[i][1] for i in front], color="0.6", lw=1, ls="--", zorder=0)
         panel.set_xlabel("optimizer state, kB")
         panel.set_ylabel(f"{content['metric']} at the best learning rate")
         panel.set_title(content["sweep"].removesuffix(".yaml"), fontsize=9)
-        panel.margins(x=0.2)
+        panel.margins(0.12)
         panel.grid(alpha=0.3)
+        labelled.append((panel, points, [points[i][:2] for i in front]))
+    figure.draw_without_rendering()  # labels are placed in pixels, so the panels must stay where they are
+    figure.set_layout_engine("none")
+    for panel, points, line in labelled:
+        _label_points(panel, points, line)
     _save(figure, path)
+
+
+# Where a label may stand, nearest first: points from the mark to the label's nearest edge or corner.
+_PLACES = [
+    (distance * x, distance * y)
+    for distance in (5, 10, 16, 24, 34, 46, 60)
+    for x, y in ((1, 0), (-1, 0), (0, 1), (0, -1), (0.7, 0.7), (0.7, -0.7), (-0.7, 0.7), (-0.7, -0.7))
+]
+
+
+def _label_points(panel: Any, points: Sequence[tuple[float, float, str]], line: Sequence[tuple[float, float]]) -> None:
+    """Write each point's name near it, inside the frame and off the points, the line and the other names."""
+    from matplotlib.transforms import Bbox
+
+    renderer = panel.figure.canvas.get_renderer()
+    pixels = panel.transData.transform
+    taken = [Bbox.from_extents(x - 6, y - 6, x + 6, y + 6) for x, y in (pixels((x, y)) for x, y, _ in points)]
+    for (x, y), (to_x, to_y) in itertools.pairwise([pixels(point) for point in line]):
+        parts = [(x + share * (to_x - x), y + share * (to_y - y)) for share in (i / 100 for i in range(101))]
+        taken += [Bbox.from_extents(x - 2, y - 2, x + 2, y + 2) for x, y in parts]
+    frame = panel.get_window_extent(renderer)
+    for x, y, name in points:
+        label = panel.annotate(name, (x, y), xytext=(0, 0), textcoords="offset points", fontsize=7)
+        for dx, dy in _PLACES:
+            label.set_position((dx, dy))
+            label.set_ha("left" if dx > 0 else "right" if dx < 0 else "center")
+            label.set_va("bottom" if dy > 0 else "top" if dy < 0 else "center")
+            box = label.get_window_extent(renderer).padded(1)
+            inside = frame.containsx(box.x0) and frame.containsx(box.x1)
+            inside = inside and frame.containsy(box.y0) and frame.containsy(box.y1)
+            if inside and not box.count_overlaps(taken):
+                break
+        taken.append(box)
+        if max(abs(dx), abs(dy)) > 5:
+            stroke = {"arrowstyle": "-", "lw": 0.5, "color": "0.5", "shrinkA": 0}
+            panel.annotate("", (x, y), xytext=(dx, dy), textcoords="offset points", arrowprops=stroke)
+
+
+def _colours(names: Sequence[str]) -> dict[str, str]:
+    """A colour for each run; they repeat after the sixteenth."""
+    return {name: _PALETTE[number % len(_PALETTE)] for number, name in enumerate(names)}
+
+
+_PALETTE = (*(f"C{i}" for i in range(10)), "gold", "navy", "lime", "maroon", "teal", "peru")
 
 
 def larger_is_better(metric: str) -> bool:

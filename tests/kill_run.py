@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 from transformers.utils.logging import disable_progress_bar
@@ -28,7 +28,15 @@ from hf_sai.checkpoints import last_whole_checkpoint
 STEPS_PER_KILL = 3
 
 
-def train(folder: Path, steps: int) -> None:
+class WaitBeforeTheEnd(TrainerCallback):
+    """A run that waits to be killed does not end first, however fast the machine has become."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == args.max_steps - 1:
+            time.sleep(3600)
+
+
+def train(folder: Path, steps: int, waits: bool) -> None:
     """Train from the last whole checkpoint, or from the start, to the end; then write the final state."""
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
@@ -47,6 +55,8 @@ def train(folder: Path, steps: int) -> None:
         disable_tqdm=True,
     )
     trainer = SaITrainer(GPT2LMHeadModel(config), args, train_dataset=[{"input_ids": r, "labels": r} for r in rows])
+    if waits:
+        trainer.add_callback(WaitBeforeTheEnd())
     trainer.train(resume_from_checkpoint=True if last_whole_checkpoint(folder) else None)
     final = {"model": trainer.model.state_dict(), "optimizer": trainer.optimizer.state_dict()}
     torch.save(final, folder / "final.tmp")
@@ -77,7 +87,7 @@ def run(folder: Path, steps: int, kill_at_open: int = 0, kill_after: float = 0.0
                 os.dup2(null.fileno(), 1)
             if kill_at_open:
                 kill_when_opening(folder, kill_at_open)
-            train(folder, steps)
+            train(folder, steps, waits=kill_after > 0)
         except BaseException:
             import traceback
 

@@ -13,6 +13,7 @@ class Reference:
         matrix = self.p.flatten(1) if p.dim() > 1 else self.p.view(1, -1)
         self.dim = 1 if p.dim() < 2 or token_rows or matrix.shape[0] >= matrix.shape[1] else 0
         self.shape, self.v = matrix.shape, torch.zeros_like(matrix.sum(self.dim, keepdim=True))
+        self.columns = torch.zeros_like(matrix.sum(0, keepdim=True))
 
     def step(self, grad: Tensor, number: int) -> None:
         """The optimizer's step ``number``, from 1."""
@@ -20,16 +21,20 @@ class Reference:
         if not self.count and not g.any():
             self.p *= 1 - self.lr * self.weight_decay
             return
-        early, usable = self.count < (1000 if self.token_rows else 60), bool(g.any()) or self.token_rows
+        early, usable = self.count < 60, bool(g.any())
         self.count += early and usable
-        if (early and usable) or self.token_rows or number % 10 == 0:
+        if (early and usable) or (number % 10 == 0 and (usable or not early)):
             square = g.square().mean(self.dim, keepdim=True)
             seen = (self.v > 0) | self.token_rows
             mean = torch.where(seen, self.v + (square - self.v) / self.count, square)
             self.v = mean if self.token_rows else torch.where(square > 0, mean, self.v)
+            self.columns += (g.square().mean(0, keepdim=True) - self.columns) / self.count
         t = self.count if usable and early and self.count < 60 else None
         weight = 1 - self.momentum if t is None else (1 - self.momentum) / (1 - self.momentum**t)
-        u = (g / (self.v.sqrt() + 1e-8)).clamp(-10, 10).view_as(self.p)
+        u = g / (self.v.sqrt() + 1e-8)
+        if self.token_rows:
+            u = u / (self.columns / self.columns.mean()).sqrt()
+        u = u.clamp(-30, 30).view_as(self.p)
         self.m += weight * (u - self.m)
         self.p *= 1 - self.lr * self.weight_decay
         self.p -= self.lr * self.m

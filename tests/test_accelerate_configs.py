@@ -119,6 +119,9 @@ def test_machines_meet_at_the_address_of_the_first(rank: int) -> None:
 # ---------------------------------------------------------------- the recipe under them
 
 
+BF16 = 5e-4  # how near the losses of bf16 and of float32 must be
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A random GPT-2 of two layers and a toy set."""
@@ -143,7 +146,7 @@ def command(name: str, folders: dict[str, Path], out: Path, batch: int, *options
         "per_device_train_batch_size": batch,
         "per_device_eval_batch_size": batch,
         "max_steps": 3,
-        "learning_rate": 1e-2,
+        "learning_rate": 0.3,  # three steps of it move the loss by 0.8 %, far more than is allowed below
         "lora_dropout": 0.0,
         "num_beams": 1,
         "max_new_tokens": 4,
@@ -195,8 +198,8 @@ def test_one_process(one: dict[str, Any]) -> None:
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("name", "tolerance"),
-    # Losses are logged with some five digits; sums in another order differ less. bf16 has eight bits.
-    [("cpu.yaml", 1e-4), ("ddp.yaml", 1e-4), ("fsdp2.yaml", 2**-8), ("zero2.yaml", 2**-8)],
+    # Sums in another order: 2e-7 is seen, and 1e-5 where one of the two runs computes in bf16.
+    [("cpu.yaml", 1e-4), ("ddp.yaml", 1e-4), ("fsdp2.yaml", BF16), ("zero2.yaml", BF16)],
 )
 def test_two_processes_train_as_one(
     name: str, tolerance: float, one: dict[str, Any], folders: dict[str, Path], tmp_path: Path
@@ -238,7 +241,7 @@ def test_two_machines_train_as_one(one: dict[str, Any], folders: dict[str, Path]
     assert [machine.returncode for machine in machines] == [0, 0], outputs
     two = json.loads((tmp_path / "out" / "record.json").read_text())
     assert (two["processes"], two["steps"]) == (2, 3)
-    assert losses(two) == pytest.approx(losses(one), rel=2**-8)
+    assert losses(two) == pytest.approx(losses(one), rel=BF16)
 
 
 @pytest.mark.cuda

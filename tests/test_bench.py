@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,34 @@ def test_a_rival_that_fails_or_is_not_there_is_a_row(monkeypatch: pytest.MonkeyP
     assert "not installed: no_such_package_at_all" in table(result)
 
 
+@pytest.mark.parametrize("share", [1.0, 0.0])
+def test_figures_are_told_as_they_come(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    """Before the next optimizer is made, whether they run in turn or one by one."""
+    monkeypatch.setattr("hf_sai.bench.measure._SHARE", share)
+    events: list[str] = []
+
+    def make(model: Model, named: Any) -> Any:
+        events.append("made")
+        return torch.optim.SGD([p for _, p in named])
+
+    monkeypatch.setitem(RIVALS, "last", Rival("Last", make))
+    result = bench("small", SMALL, optimizers=["sgd_fused", "last"], steps=2, settling=1, progress=events.append)
+    assert result.in_turn == (share > 0)
+    before = events[: events.index("made")]
+    pattern = r"SGD.*: first step \d+\.\d ms, then about \d+\.\d\d ms, state 0\.000 GB"
+    assert re.fullmatch(pattern, before[0])
+    assert len(before) == (1 if result.in_turn else 2)
+    assert "2 steps of each in turn" in events if result.in_turn else events[-1].endswith(" ms a step")
+
+
+def test_no_time_is_negative(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The allocation, measured apart, takes longer than the whole first step: what a busy machine can show."""
+    monkeypatch.setattr("hf_sai.bench.measure._allocation_ms", lambda size, device: 1e9)
+    result = bench("small", SMALL, optimizers=["sgd_fused"], steps=1)
+    assert result.rows[0].first_step_less_allocation_ms == 0.0
+    assert not re.search(r"-\d", table(result))
+
+
 def test_past_the_deadline_nothing_is_begun() -> None:
     result = bench("small", SMALL, optimizers=["sgd_sai"], deadline=0.0)
     assert [row.error for row in result.rows] == ["not measured: out of time"]
@@ -182,7 +211,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*arguments, "--json", str(tmp_path / "r.json")]) == 0
     out, err = capsys.readouterr()
     assert "LoRA, 200 tensors: 6,553,600 parameters" in out
-    assert "SGD-SaI (hf_sai): first step" in err
+    assert re.search(r"  SGD-SaI \(hf_sai\): first step [\d.]+ ms, then about [\d.]+ ms, state 0\.026 GB\n", err)
     assert json.loads((tmp_path / "r.json").read_text())["versions"]["torch"] == torch.__version__
     assert main(["bench", "--model", "gpt5"]) == 1
     assert "error: model must be one of" in capsys.readouterr().err
@@ -243,7 +272,8 @@ def test_one_command_measures_all_cores_and_one(
     assert {"sgd_sai", "adamw_fused"} < {
         row["optimizer"] for row in files["bench_cpu_1thread.json"]["results"][0]["rows"]
     }
-    assert all(claim["measured"] > 0 for file in files.values() for claim in file["claims"])
+    # A first step may take no longer than what its allocation takes when measured apart.
+    assert all(claim["measured"] >= 0 for file in files.values() for claim in file["claims"])
     out = capsys.readouterr().out
     assert out.count("gpt2 float32: sgd_sai / adamw_fused") == 2
     assert "not measured" not in out.partition("bench_cpu.json")[2]
@@ -265,8 +295,6 @@ def test_the_command_for_a_gpu_is_ready(
     monkeypatch.setattr(small_suites, "bench", lambda *args, device, **options: bench(*args, device="cpu", **options))
     monkeypatch.setattr(small_suites, "run_tests", lambda: "3 passed")
     monkeypatch.setattr(small_suites, "machine", dict)
-    for name in ("TILE", "PIECE", "WARPS"):  # sweep leaves the fastest in force
-        monkeypatch.setattr(f"hf_sai.fused.{name}", getattr(pytest.importorskip("hf_sai.fused"), name))
     release = small_suites.bench_release
     run_all = release.run_all
     monkeypatch.setattr(
@@ -286,7 +314,6 @@ def test_the_command_for_a_gpu_is_ready(
     assert content["tests"] == "3 passed"
     assert [row["optimizer"] for row in content["full_fine_tuning"]] == list(release.RUNS)
     assert content["full_fine_tuning"][0]["all_losses_finite"]
-    assert len(content["kernel_ms"]) == 3 * len(small_suites._CONFIGURATIONS)
     assert len(content["claims"]) == len(small_suites._CLAIMS["cuda"])
-    assert all(claim["measured"] for claim in content["claims"])
+    assert all(claim["measured"] is not None for claim in content["claims"])
     assert (tmp_path / "bench_cuda.png").exists()

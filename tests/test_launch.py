@@ -1,9 +1,12 @@
 """`python -m hf_sai.launch`: an unchanged script sees what the interpreter would show it, and a registered name."""
 
 import json
+import multiprocessing.spawn
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -48,13 +51,68 @@ if __name__ == "__main__":
 """
 
 
+# Stands for a training script that other programs start: says which optimizer it got, and where it was started.
+WORKER = """
+import json, os, sys, time
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+def work(rank):
+    args = TrainingArguments("out", optim="sgd_sai", optim_args={"momentum": 0.5}, use_cpu=True, report_to="none")
+    optimizer = Trainer(nn.Linear(2, 2), args).create_optimizer()
+    told = [type(optimizer).__module__, optimizer.param_groups[0]["momentum"], sys.argv[1:], __name__]
+    with open(f"told-{rank}.json", "w") as file:
+        json.dump(told, file)
+
+if __name__ == "__main__":
+    work(os.environ.get("RANK", 0))
+"""
+
+LAUNCHERS = {
+    # The main process only starts others, which get the function by name.
+    "spawn": """
+import torch, worker
+if __name__ == "__main__":
+    torch.multiprocessing.spawn(worker.work, nprocs=2)
+""",
+    "forkserver": """
+import multiprocessing, worker
+if __name__ == "__main__":
+    children = [multiprocessing.get_context("forkserver").Process(target=worker.work, args=(rank,)) for rank in (0, 1)]
+    for child in children: child.start()
+    for child in children: child.join()
+    assert [child.exitcode for child in children] == [0, 0]
+""",
+    # As LLaMA-Factory does for several GPUs.
+    "torchrun": """
+import subprocess, sys
+command = "torchrun --standalone --nproc_per_node 2 {file} {args}".format(file="worker.py", args=" ".join(sys.argv[1:]))
+subprocess.run(command.split(), check=True)
+""",
+    # As Axolotl does.
+    "accelerate": """
+import os, sys
+options = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--cpu"]
+os.execvp("accelerate", ["accelerate", "launch", *options, "-m", "worker", *sys.argv[1:]])
+""",
+    # As small launchers do.
+    "python": """
+import subprocess, sys
+subprocess.run([sys.executable, "-u", "worker.py", *sys.argv[1:]], check=True)
+""",
+}
+
+
 def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    # `-m hf_sai.launch` from a folder that is not the repository's: the package must be importable from there.
+    # `-m hf_sai.launch` from a folder that is not the repository's: the package must be importable from there. The
+    # programs of this environment are on PATH, as they are where it is activated.
     env = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]),
+        "PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]),
+        "XDG_CACHE_HOME": str(cwd / "cache"),
     }
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, cwd=cwd, env=env)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=800, cwd=cwd, env=env)
 
 
 @pytest.fixture
@@ -100,6 +158,85 @@ def test_stock_arguments_and_trainer_take_the_name_under_accelerate(folder: Path
     assert json.loads(done.stdout.splitlines()[-1]) == ["sgd_sai", "hf_sai.optimizer", argv, "__main__"], done.stderr
 
 
+@pytest.mark.parametrize(
+    "launcher", ["spawn", "torchrun", "accelerate", pytest.param("forkserver", marks=pytest.mark.slow)]
+)
+def test_children_are_registered(launcher: str, folder: Path) -> None:
+    (folder / "worker.py").write_text(WORKER)
+    (folder / "start.py").write_text(LAUNCHERS[launcher])
+    done = run(sys.executable, "-m", "hf_sai.launch", "start.py", "a", "-m b", cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = [json.loads(path.read_text()) for path in folder.glob("told-*.json")]
+    multiprocess = launcher in ("spawn", "forkserver")
+    argv = ["a", "-m", "b"] if launcher == "torchrun" else ["a", "-m b"]
+    wanted = ["hf_sai.optimizer", 0.5, argv, "worker" if multiprocess else "__main__"]
+    assert told == [wanted] * (2 if multiprocess or launcher == "torchrun" else 1)
+
+
+def test_children_of_a_launcher_under_accelerate_are_registered(folder: Path) -> None:
+    (folder / "worker.py").write_text(WORKER)
+    (folder / "start.py").write_text(LAUNCHERS["python"])
+    options = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", *options, "-m", "hf_sai.launch"]
+    done = run(*launcher, "start.py", "a", cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((folder / "told-0.json").read_text()) == ["hf_sai.optimizer", 0.5, ["a"], "__main__"]
+
+
+def test_a_command_that_is_not_python_reaches_its_children(folder: Path) -> None:
+    """A shell script, as on a cluster, which starts Python by its name."""
+    (folder / "worker.py").write_text(WORKER)
+    script = folder / "job.sh"
+    script.write_text('#!/bin/sh\npython -c "import worker; worker.work(1)" && python worker.py "$@" && exit 5\n')
+    script.chmod(0o755)
+    done = run(sys.executable, "-m", "hf_sai.cli", "launch", "job.sh", "a b", cwd=folder)
+    assert done.returncode == 5, done.stderr[-3000:]
+    assert json.loads((folder / "told-1.json").read_text()) == ["hf_sai.optimizer", 0.5, [], "worker"]
+    assert json.loads((folder / "told-0.json").read_text()) == ["hf_sai.optimizer", 0.5, ["a b"], "__main__"]
+
+
+def test_without_the_launcher_children_are_not_registered(folder: Path) -> None:
+    """What the tests above show is no leftover of an environment."""
+    (folder / "worker.py").write_text(WORKER)
+    (folder / "start.py").write_text(LAUNCHERS["python"])
+    done = run(sys.executable, "start.py", cwd=folder)
+    assert "sgd_sai is not a valid OptimizerNames" in done.stderr
+    assert not list(folder.glob("told-*.json"))
+
+
+PASSED_ON = [
+    ("s.py -m x", "-m hf_sai.launch s.py -m x"),
+    ("-u s.py a", "-u -m hf_sai.launch s.py a"),
+    ("-E -s -m pkg.mod --flag", "-E -s -m hf_sai.launch -m pkg.mod --flag"),
+    ("-um mod -c x", "-u -m hf_sai.launch -m mod -c x"),
+    ("-mmod x", "-m hf_sai.launch -m mod x"),
+    ("-c code -m", "-m hf_sai.launch -c code -m"),
+    ("-W ignore -X dev s.py", "-W ignore -X dev -m hf_sai.launch s.py"),
+    ("-Wignore -Xdev -c code", "-Wignore -Xdev -m hf_sai.launch -c code"),
+    ("- a", "-m hf_sai.launch - a"),
+    ("-V", "-V"),
+    ("", ""),
+    # multiprocessing's own book-keeping
+    (
+        "-s -c from_multiprocessing.resource_tracker_import_main",
+        "-s -c from_multiprocessing.resource_tracker_import_main",
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "wanted"), PASSED_ON)
+def test_the_script_puts_the_launcher_behind_the_interpreters_options(given: str, wanted: str, tmp_path: Path) -> None:
+    from hf_sai.children import _SCRIPT
+
+    script = tmp_path / "python"
+    script.write_text(_SCRIPT.format(python="printf '<%s>'", scripts="'/the scripts'"))
+    told = subprocess.run(["sh", str(script), *given.split(), "a  b", ""], capture_output=True, text=True, check=True)
+    assert told.stdout == "".join(f"<{word}>" for word in (*wanted.split(), "a  b", "")) or not given.strip("-V")
+    script.rename(tmp_path / "accelerate")
+    told = subprocess.run(["sh", str(tmp_path / "accelerate"), "launch"], capture_output=True, text=True, check=True)
+    assert told.stdout == "<-m><hf_sai.launch></the scripts/accelerate><launch>"
+
+
 @pytest.mark.usefixtures("registered")
 def test_a_module_instead_of_a_script(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -110,7 +247,10 @@ def test_a_module_instead_of_a_script(
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setattr(sys, "argv", ["as before"])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    executable = sys.executable
     main(["-m", "scripts.training", *argv])
+    assert sys.executable == executable, "what children inherit is put back"
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == ["sgd_sai", "hf_sai.optimizer", argv, "__main__"]
 
 
@@ -137,3 +277,48 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 
     main(["--help"])
     assert "accelerate launch -m hf_sai.launch sft.py --optim sgd_sai" in capsys.readouterr().out
+
+
+def test_the_script_is_written_once_also_where_there_is_no_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hf_sai.children import registered_children
+
+    def seen() -> tuple[str, ...]:
+        found = [sys.executable, os.environ["PATH"], os.environ.get("PYTHON_EXEC", ""), shutil.which("python") or ""]
+        return (*found, os.fsdecode(multiprocessing.spawn.get_executable()))
+
+    real = sys.executable
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # where no folder can be made
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("PATH", os.pathsep.join([os.path.dirname(real), os.environ["PATH"]]))
+    monkeypatch.delenv("PYTHON_EXEC", raising=False)
+    before = seen()
+    with registered_children():
+        inside = seen()
+        script, _, for_torchrun, on_path, spawned = inside
+        assert os.access(script, os.X_OK)
+        assert script == for_torchrun == spawned
+        assert os.path.realpath(on_path) == os.path.realpath(script)
+        with registered_children():
+            assert seen() == inside
+        assert seen() == inside
+        sys.executable = real  # as in a child
+        with registered_children():
+            assert seen() == inside
+        assert len(list(tmp_path.iterdir())) == 2
+    assert seen() == before
+
+
+def test_the_command_is_the_module(capsys: pytest.CaptureFixture[str]) -> None:
+    from hf_sai.cli import main as command
+    from hf_sai.launch import main
+
+    main(["--help"])
+    wanted = capsys.readouterr().out
+    assert command(["launch", "--help"]) == 0
+    assert capsys.readouterr().out == wanted
+    with pytest.raises(SystemExit):
+        command(["--help"])
+    assert "optim='sgd_sai' is valid" in capsys.readouterr().out

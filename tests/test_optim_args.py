@@ -86,7 +86,7 @@ MISTAKES = [
     ("maximize=1", "maximize must be one of true, false, got '1'"),
     ("fused=maybe", "fused must be one of true, false, none, got 'maybe'"),
     ("momentum_dtype=bf16", r"momentum_dtype must be .*float32, bfloat16.*got 'bf16' \(did you mean bfloat16"),
-    ("momentum_dtype=float64", r"momentum_dtype must be .*float32, bfloat16.*got torch.float64"),
+    ("momentum_dtype=float64", r"momentum_dtype must be .*float32, bfloat16.*got 'float64'"),
     ("momentum=0.9,momentum=0.8", "sets momentum twice"),
     ('{"momentum": 0.9, "momentum": 0.8}', "sets momentum twice"),
     ('{"momentum": 0.9', "begins like a JSON object and is none"),

@@ -428,8 +428,13 @@ def test_resume_is_bitwise(dtype: torch.dtype, scaling: str, momentum_dtype: Any
 
     torch.manual_seed(2)
     gradients = [
-        [torch.randn(6), torch.zeros(5, 4) if i < 5 else torch.randn(5, 4), None if i < 4 else torch.randn(3)]
-        + [torch.randn(6), torch.randn(4, 200)]
+        [
+            torch.randn(6),
+            torch.zeros(5, 4) if i < 5 else torch.randn(5, 4),
+            None if i < 4 else torch.randn(3),
+            torch.randn(6),
+            torch.randn(4, 200),
+        ]
         for i in range(14)
     ]
     whole, params = start()

@@ -1,4 +1,4 @@
-"""The paper's scalings against the authors' release and Algorithm 1 in float64; the default against AdamW's first update."""
+"""The paper's scalings against the authors' release and Algorithm 1 in float64; the default against AdamW."""
 
 import copy
 from collections.abc import Callable, Sequence

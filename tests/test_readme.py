@@ -1,34 +1,222 @@
-"""README.md agrees with the results, with the Makefile and with the files it names."""
+"""README.md and docs/ agree with the records, with the Makefile and with the files they name; their snippets run."""
 
 import re
 from pathlib import Path
+from typing import Any
 
+import pytest
+import torch
+from datasets import Dataset
+from markdown_it import MarkdownIt
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from hf_sai import SGDSaI
+from hf_sai.bench.state_bytes import optimizer_state_bytes
 from recipes import readme_tables
+from recipes.common import UserError
+from recipes.readme_tables import rewritten, speed, sweep
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = readme_tables.pages()
+PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+# In the pages and in what a contributor reads.
+TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+TEXT = pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
+BLOCK = re.compile(r"<!-- table: \w+ \w+ -->\n.*?<!-- end -->", re.DOTALL)
+TABLES = [block for page in PAGES for block in BLOCK.findall(page.read_text(encoding="utf-8"))]
 
 
-def test_tables_agree_with_the_results() -> None:
-    assert re.findall(r"<!-- table: (\w+) -->", README), "README.md has no table of results"
-    assert readme_tables.rewritten(README) == README, "run: python recipes/readme_tables.py"
+# ---------------------------------------------------------------- tables
 
 
-def test_a_changed_number_is_noticed() -> None:
-    block = re.search(r"<!-- table: \w+ -->\n.*?<!-- end -->", README, re.DOTALL)
-    assert block
-    number = re.search(r"\d\.\d+", block[0])
-    assert number
-    altered = block[0].replace(number[0], "9.999", 1)
-    assert readme_tables.rewritten(altered) == block[0]
+@PAGE
+def test_tables_agree_with_the_records(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert rewritten(text) == text, "run: python -m recipes.readme_tables"
+    assert text.count("<!-- table:") == text.count("<!-- end -->") == len(BLOCK.findall(text)), "a marker is misspelt"
 
 
-def test_make_targets_exist() -> None:
+@pytest.mark.parametrize("block", TABLES, ids=lambda block: block.splitlines()[0])
+def test_a_changed_number_is_noticed(block: str) -> None:
+    numbers = re.findall(r"\d+\.\d+", block)
+    assert numbers
+    for number in dict.fromkeys(numbers):
+        assert rewritten(block.replace(number, "9.9", 1)) == block
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("speeed bench", r"table: speeed bench: speeed must be one of sweep, gsnr, speed"),
+        ("sweep nothing", r"table: sweep nothing: sweep needs nothing\.json"),
+    ],
+)
+def test_a_table_without_a_record_is_an_error(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        rewritten(f"<!-- table: {name} -->\n<!-- end -->")
+
+
+def row(run: str, rate: float, value: float | None, seed: int = 0, state: int = 2_000_000) -> dict[str, Any]:
+    point = {"learning_rate": rate}
+    return {"run": run, "point": point, "seed": seed, "value": value, "optimizer_state_bytes": state, "cpu": "a CPU"}
+
+
+def test_the_table_of_a_sweep() -> None:
+    """The best point, marked at an edge; mean and range over seeds; what has diverged, in the grid and at length."""
+    ours = [row("ours", rate, value, state=1_234_000) for rate, value in ((1e-3, 2.0), (1e-2, 1.5), (1e-1, None))]
+    theirs = [row("theirs", 0.5, 1.75)]
+    finals = [
+        row("ours", 1e-2, value, seed) | {"scores": {"bleu": value / 2}} for seed, value in enumerate((1.5, 1.75))
+    ]
+    best = {
+        "ours": {"point": {"learning_rate": 1e-2}, "value": 1.5, "at_edge": []},
+        "theirs": {"point": {"learning_rate": 0.5}, "value": 1.75, "at_edge": ["learning_rate"]},
+    }
+    record = {
+        "metric": "final.eval_loss",
+        "best": best,
+        "runs": [*ours, *theirs],
+        "finals": finals,
+        "command": "run it",
+    }
+    assert sweep(record).splitlines() == [
+        "|  | learning rate | eval_loss (range) | bleu | diverged | state kB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| ours | 0.01 | 1.625 (1.500 to 1.750) | 0.812 | 1 of 5 | 1,234 |",
+        "| theirs | 0.5 (edge) | 1.750 | - | 0 of 1 | 2,000 |",
+        "",
+        "The best point of each optimizer's grid, then 2 seeds of it: mean and range. a CPU. `run it`",
+    ]
+    finals[1]["value"] = None
+    assert "| ours | 0.01 | diverged | 0.812 | 2 of 5 | 1,234 |" in sweep(record)
+    accuracy = record | {"metric": "final.eval_top1", "finals": []}
+    assert "| ours | 0.01 | 150.0 | 1 of 3 | 1,234 |" in sweep(accuracy)
+    assert "eval_top1, % (range)" in sweep(accuracy)
+
+
+def test_the_table_of_a_benchmark() -> None:
+    """Rows of the first model, whichever part of the record they stand in; what was not measured is left out."""
+
+    def one(optimizer: str, step_ms: float | None, quartiles: tuple[float, float] | None = None) -> dict[str, Any]:
+        figures = {"step_ms": step_ms, "quartiles_ms": quartiles, "first_step_ms": 80.0, "state_bytes": 996_000_000}
+        return {"optimizer": optimizer, "title": optimizer.upper(), "steps": 20, **figures}
+
+    model = {"model": "gpt2", "title": "GPT-2", "dtype": "float32", "threads": 2}
+    results = [
+        model | {"rows": [one("adamw_fused", 40.0, (39.0, 41.0)), one("other", None)]},
+        model | {"rows": [one("slow", 100.0)]},
+        model | {"dtype": "bfloat16", "rows": [one("else", 1.0)]},
+    ]
+    record = {"results": results, "machine": {"cpu": "a CPU"}, "versions": {"torch": "2.13"}}
+    assert speed(record).splitlines() == [
+        "| GPT-2, float32 | step ms (quartiles) | / AdamW fused | first ms | state MB |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| ADAMW_FUSED | 40 (39 to 41) | 1.00 | 80 | 996 |",
+        "| SLOW | 100 | 2.50 | 80 | 996 |",
+        "",
+        "Median of 20 steps or fewer, 2 threads; a CPU, torch 2.13.",
+    ]
+
+
+# ---------------------------------------------------------------- what they name
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+@TEXT
+def test_lines_are_short_except_in_tables(page: Path) -> None:
+    lines = page.read_text(encoding="utf-8").splitlines()
+    made = {line for block in TABLES for line in block.splitlines()}
+    assert [line for line in lines if len(line) > 120 and not line.startswith("|") and line not in made] == []
+
+
+@TEXT
+def test_make_targets_exist(page: Path) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"(?:^|`)make ([a-z][a-z-]*)", README, re.MULTILINE)) <= targets
+    named = set(re.findall(r"(?:^ *|`)make ([a-z][a-z-]*)", page.read_text(encoding="utf-8"), re.MULTILINE))
+    assert named <= targets
 
 
-def test_named_files_exist() -> None:
-    named = set(re.findall(r"\b((?:recipes|accelerate_configs|hf_sai|tests)/[\w/.-]+\.(?:py|yaml|json|png))", README))
-    assert named
+@TEXT
+def test_named_files_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    folders = "recipes|accelerate_configs|hf_sai|tests|docs"
+    named = set(re.findall(rf"\b((?:{folders})/[\w/.-]+\.(?:py|yaml|json|png|md))", text))
+    named |= {f"recipes/{name}.py" for name in re.findall(r"python -m recipes\.(\w+)", text)}
+    named = {name for name in named if not re.search(r"\bNAME\b", name)}
     assert {name for name in named if not (ROOT / name).exists()} == set()
+
+
+@TEXT
+def test_links_lead_somewhere(page: Path) -> None:
+    tokens = [inner for token in MarkdownIt().parse(page.read_text(encoding="utf-8")) for inner in token.children or []]
+    targets = {str(token.attrGet("href") or token.attrGet("src")) for token in tokens if token.attrs}
+    relative = {target.partition("#")[0] for target in targets if not re.match(r"https?://|mailto:|None$", target)}
+    assert {target for target in relative if not (page.parent / target).exists()} == set()
+
+
+@pytest.mark.parametrize(
+    ("shapes", "share"),
+    [
+        pytest.param([(768, 2304), (2304,), (768, 768), (768, 3072), (3072, 768)], 0.5, id="the weights of GPT-2"),
+        pytest.param([(4, 768), (2304, 4)], 0.625, id="LoRA of rank 4"),
+    ],
+)
+def test_the_state_has_the_size_that_the_readme_says(shapes: list[tuple[int, ...]], share: float) -> None:
+    sizes = []
+    for optimizer_class in (SGDSaI, torch.optim.AdamW):
+        params = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer = optimizer_class(params, lr=1e-3)
+        optimizer.step()
+        sizes.append(optimizer_state_bytes(optimizer))
+    assert sizes[0] / sizes[1] == pytest.approx(share, rel=0.01)
+
+
+# ---------------------------------------------------------------- snippets
+
+
+def snippets(page: Path) -> list[str]:
+    tokens = MarkdownIt().parse(page.read_text(encoding="utf-8"))
+    return [token.content for token in tokens if token.type == "fence" and token.info == "python"]
+
+
+@pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing(_[a-z]+)?` is deprecated:FutureWarning")
+def test_the_snippets_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, each with what the earlier ones have made; every optimizer that they make is ours."""
+    pytest.importorskip("trl")
+    from tokenizers import Tokenizer, models
+
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"ACCELERATE_USE_CPU": "true", "WANDB_MODE": "disabled"}.items():
+        monkeypatch.setenv(name, value)
+    words = {word: i for i, word in enumerate(["<pad>", "<eos>", *"abc"])}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<pad>")), pad_token="<pad>", eos_token="<eos>"
+    )
+    tokenizer.save_pretrained("tiny")
+    config = GPT2Config(vocab_size=5, n_embd=8, n_layer=1, n_head=1, n_positions=16, bos_token_id=1, eos_token_id=1)
+    GPT2LMHeadModel(config).save_pretrained("tiny")
+    data = Dataset.from_dict({"input_ids": [[2, 3, 4]] * 8, "labels": [[2, 3, 4]] * 8})
+    names: dict[str, Any] = {"data": data, "texts": Dataset.from_dict({"text": ["a b c"] * 8})}
+    found = snippets(ROOT / "README.md")
+    assert len(found) == 4
+    for code in found:
+        names["model"] = "tiny" if "SFTTrainer" in code else GPT2LMHeadModel.from_pretrained("tiny")
+        for name in ("optimizer", "trainer"):
+            names.pop(name, None)
+        code = code.replace('SFTConfig("out", ', 'SFTConfig("out", bf16=False, ')  # TRL's default is for GPUs
+        exec(compile(code, "README.md", "exec"), names)
+        optimizer = names.get("optimizer") or names["trainer"].create_optimizer()
+        assert isinstance(optimizer, SGDSaI)
+        assert (optimizer.param_groups[0]["scaling"], optimizer.param_groups[0]["lr"]) == ("adamw", 2e-4)
+        assert any(group["token_rows"] for group in optimizer.param_groups)
+
+
+def test_no_other_page_has_snippets_that_nothing_runs() -> None:
+    assert {page.name: snippets(page) for page in PAGES if page.name not in ("README.md", "method.md")} == {
+        page.name: [] for page in PAGES if page.name not in ("README.md", "method.md")
+    }

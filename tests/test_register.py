@@ -5,6 +5,7 @@ import json
 import pickle
 import subprocess
 import sys
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def quiet(**settings: Any) -> TrainingArguments:
 
 
 def run_python(code: str, *argv: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=False, timeout=240)
+    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=False, timeout=800)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -143,3 +144,19 @@ def test_saved_arguments_load_where_hf_sai_is_unknown(tmp_path: Path) -> None:
         str(tmp_path / "training_args.bin"),
     )
     assert json.loads(found.splitlines()[-1]) == ["str", "sgd_sai", "sgd_sai", 1e-3]
+
+
+@pytest.mark.usefixtures("registered")
+def test_arguments_register_in_the_process_that_multiprocessing_hands_them_to(tmp_path: Path) -> None:
+    """As `torch.multiprocessing.spawn(work, args=(args,))` does."""
+    handed = [quiet(optim_args="momentum=0.5"), quiet(optim="adafactor", optim_args=None)]
+    (tmp_path / "handed").write_bytes(ForkingPickler.dumps(handed))
+    found = run_python(
+        "import json, pickle, sys, torch\n"
+        "from transformers import Trainer\n"
+        "args, other = pickle.load(open(sys.argv[1], 'rb'))\n"
+        "optimizer = Trainer(torch.nn.Linear(2, 2), args).create_optimizer()\n"
+        "print(json.dumps([type(optimizer).__name__, optimizer.param_groups[0]['momentum'], args.optim, other.optim]))",
+        str(tmp_path / "handed"),
+    )
+    assert json.loads(found.splitlines()[-1]) == ["SGDSaI", 0.5, "sgd_sai", "adafactor"]

@@ -12,7 +12,7 @@ from transformers import Adafactor, Trainer, TrainingArguments
 from ways import QUIET
 
 from hf_sai import SaITrainer, SaITrainingArguments, SGDSaI, create_sgd_sai
-from hf_sai.saved_state import other_optimizer
+from hf_sai.saved_state import optimizer_of
 
 STEPS: dict[str, Any] = {**QUIET, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
 
@@ -71,18 +71,34 @@ def test_the_state_of_another_optimizer_is_refused_by_its_name(
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
+def test_a_stock_optimizer_of_sai_trainer_refuses_the_state_of_sgd_sai(
+    make_gpt2: Callable[..., Any], token_dataset: list[dict[str, Tensor]], tmp_path: Path
+) -> None:
+    def trainer(**settings: Any) -> SaITrainer:
+        args = SaITrainingArguments(str(tmp_path), **{**STEPS, "learning_rate": 1e-2, **settings})
+        return SaITrainer(make_gpt2(), args, train_dataset=token_dataset)
+
+    trainer().train()
+    resumed = trainer(optim="sgd")
+    with pytest.raises(ValueError, match="is that of SGDSaI, not of SGD; resume with optim='sgd_sai', or start from"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    trainer(optim="sgd", weight_decay=0.1).train()
+    with pytest.warns(UserWarning, match=r"differ: weight_decay 0\.1 \(0\.2 in this run's arguments\)\."):
+        trainer(optim="sgd", weight_decay=0.2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
 @pytest.mark.parametrize(
     "name", ["SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "RMSprop", "LBFGS", "Muon"]
 )
 def test_every_optimizer_of_torch_is_known_by_its_group(name: str) -> None:
     optimizer = getattr(torch.optim, name)([nn.Parameter(torch.ones(2, 2))], lr=0.1)
-    assert other_optimizer(optimizer.state_dict()["param_groups"][0]) == name
+    assert optimizer_of(optimizer.state_dict()["param_groups"][0]) == name
     torch.optim.lr_scheduler.ConstantLR(optimizer)
-    assert other_optimizer(optimizer.state_dict()["param_groups"][0]) == name
+    assert optimizer_of(optimizer.state_dict()["param_groups"][0]) == name
 
 
 def test_other_optimizers_are_known_by_their_settings() -> None:
     p = [nn.Parameter(torch.ones(2, 2))]
-    assert other_optimizer(SGDSaI(p).state_dict()["param_groups"][0]) is None
-    assert other_optimizer(Adafactor(p).state_dict()["param_groups"][0]) == "Adafactor"
-    assert other_optimizer({"params": [0], "lr": 1, "d0": 1}) == "an optimizer with the settings d0, lr"
+    assert optimizer_of(SGDSaI(p).state_dict()["param_groups"][0]) == "SGDSaI"
+    assert optimizer_of(Adafactor(p).state_dict()["param_groups"][0]) == "Adafactor"
+    assert optimizer_of({"params": [0], "lr": 1, "d0": 1}) == "an optimizer with the settings d0, lr"

@@ -22,8 +22,9 @@ from recipes.common import UserError, machine, run_record, versions
 from recipes.compare import compare
 from recipes.data import E2EData, Row, load_e2e
 from recipes.demo import sentences
-from recipes.gpt2_lora_e2e import E2EArguments, load_model, model_card, run
+from recipes.gpt2_lora_e2e import E2EArguments, model_card, run
 from recipes.gpt2_pretrain import read_config
+from recipes.models import load_model
 from recipes.optimizers import RecipeArguments
 from recipes.toy_e2e import write_sample
 
@@ -232,6 +233,8 @@ def e2e_record(**config: Any) -> dict[str, Any]:
     versions = {"hf_sai": "0"}
     return {
         "config": settings,
+        "base_model": settings["model"],
+        "base_weights": None,
         "scores": {"bleu": 0.5},
         "test_mrs": 3,
         "steps": 4,

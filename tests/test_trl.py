@@ -1,6 +1,10 @@
 """TRL's trainers: by name after `register()`, and where they take an optimizer, without it."""
 
 import inspect
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,7 @@ from ways import QUIET
 
 from hf_sai import SGDSaI, create_sgd_sai, gsnr_table, sgd_sai_from_args
 
-trl = pytest.importorskip("trl", reason="TRL is not installed: pip install 'hf_sai[trl]'")
+trl = pytest.importorskip("trl", reason="TRL is not installed: pip install trl")
 from datasets import Dataset  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 
@@ -102,3 +106,62 @@ def test_a_config_file_of_trl(tmp_path: Path) -> None:
     cls, kwargs = trl.SFTTrainer.get_optimizer_cls_and_kwargs(args)
     assert cls is SGDSaI
     assert (kwargs["momentum"], kwargs["lr"]) == (0.8, args.learning_rate)
+
+
+def test_the_command_line_of_trl(
+    make_gpt2: Callable[..., Any], tokenizer: Any, tmp_path: Path, registered: None
+) -> None:
+    """`trl sft` starts accelerate, which starts TRL's own script; it trains as the same settings do in this process."""
+    make_gpt2().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"text": f"the cat sat on mat {i}"} for i in range(8)]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        **{key: value for key, value in COMMON.items() if key != "save_strategy"},
+        "save_steps": STEPS,
+        "logging_steps": 1,
+        "max_length": 32,
+        "bf16": False,
+        "optim": "sgd_sai",
+        "optim_args": {"momentum": 0.5, "fused": None},
+    }
+    config = {"model_name_or_path": "model", "dataset_name": "data", "output_dir": "out", **settings}
+    (tmp_path / "sft.yaml").write_text(json.dumps(config))  # which YAML is a superset of
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]),
+        "PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]),
+        "HF_HOME": str(tmp_path / "home"),
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "ACCELERATE_USE_CPU": "true",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "hf_sai.cli",
+        "launch",
+        "trl",
+        "sft",
+        "--config",
+        "sft.yaml",
+        "--num_processes",
+        "1",
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=240, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    args = trl.SFTConfig(str(tmp_path / "here"), **settings)
+    here = trl.SFTTrainer(str(tmp_path / "model"), args, train_dataset=Dataset.from_list(rows))
+    here.train()
+    there = json.loads((tmp_path / "out" / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["loss"] for entry in here.state.log_history if "loss" in entry]
+    assert [entry["loss"] for entry in there if "loss" in entry] == losses
+    assert len(losses) == STEPS
+    groups = torch.load(tmp_path / "out" / f"checkpoint-{STEPS}" / "optimizer.pt", weights_only=True)["param_groups"]
+    assert {group["momentum"] for group in groups} == {0.5}
+    assert [group["param_names"] for group in groups if group["token_rows"]] == [
+        ["transformer.wte.weight", "transformer.wpe.weight"]
+    ]

@@ -28,8 +28,10 @@ class Row:
     Attributes:
         step_ms: median of an ordinary step.
         quartiles_ms: 25% and 75% of it.
+        mean_step_ms: mean of as many; ours has the steps in it that measure channels again, one in ten.
         first_step_ms: the first step, with the allocation of the state, and ours with the calibration.
-        first_step_less_allocation_ms: without what allocating and first touching as many bytes costs in this run.
+        first_step_less_allocation_ms: without what allocating and first touching as many bytes costs in this run; 0
+            where that alone, measured apart, takes longer than the whole first step.
         state_bytes: of all tensors in the optimizer's state.
         peak_bytes: the most that a step allocates beyond what is there before it.
         moved_bytes: read parameters, gradients and state once, write parameters and state once.
@@ -42,6 +44,7 @@ class Row:
     title: str
     step_ms: float | None = None
     quartiles_ms: tuple[float, float] | None = None
+    mean_step_ms: float | None = None
     steps: int = 0
     first_step_ms: float | None = None
     first_step_less_allocation_ms: float | None = None
@@ -95,7 +98,8 @@ def bench(
         steps: how many ordinary steps are timed.
         settling: steps after the first that are not timed: allocators, caches and clocks settle.
         deadline: ``time.monotonic()`` after which no further optimizer is begun.
-        progress: told what is being done.
+        progress: told each optimizer's figures as soon as there are any: its first step, then an early figure of
+            the others, before all are timed in turn.
 
     Raises:
         ValueError: for an unknown optimizer, or fewer than 1 step.
@@ -132,17 +136,20 @@ def bench(
     for key in wanted:
         one = _Measurement(key, named, device)
         if time.monotonic() < deadline:
-            progress(f"{one.row.title}: first step")
-            one.begin(model, settling)
+            one.begin(model, max(settling, RIVALS[key].settling))
         else:
             one.row.error = "not measured: out of time"
+        progress(one.so_far())
         if not in_turn:
             for _ in range(steps):
                 one.step()
             one.finish(copy)
+            if one.row.step_ms is not None:
+                progress(f"{one.row.title}: {one.row.step_ms:.2f} ms a step")
             _release_memory(device)
         begun.append(one)
     if in_turn:
+        progress(f"{steps} steps of each in turn")
         for _ in range(steps):
             for one in begun:
                 one.step()
@@ -159,6 +166,7 @@ class _Measurement:
         self.row = Row(key, RIVALS[key].title)
         self._key, self._named, self._device = key, named, device
         self._times: list[float] = []
+        self._settled_ms: float | None = None
         self._optimizer: Any = None
 
     def begin(self, model: Model, settling: int) -> None:
@@ -170,16 +178,25 @@ class _Measurement:
                 self._optimizer = RIVALS[self._key].make(model, self._named)
                 row.first_step_ms = self._timed()
             row.state_bytes = optimizer_state_bytes(self._optimizer)
-            row.first_step_less_allocation_ms = row.first_step_ms - _allocation_ms(row.state_bytes, device)
+            less = row.first_step_ms - _allocation_ms(row.state_bytes, device)
+            row.first_step_less_allocation_ms = max(0.0, less)
             before = None
             for _ in range(settling):
                 before = _allocated(device)
-                self._optimizer.step()
+                self._settled_ms = self._timed()
             row.peak_bytes = None if before is None else torch.cuda.max_memory_allocated(device) - before
         except ModuleNotFoundError as error:
             self._fail(f"not installed: {error.name}")
         except Exception as error:  # a rival that fails is a row of the table, not the end of it
             self._fail(f"{type(error).__name__}: {str(error).partition(chr(10))[0][:160]}")
+
+    def so_far(self) -> str:
+        """What `begin` has found, as a line."""
+        row = self.row
+        if row.error is not None or row.first_step_ms is None or row.state_bytes is None:
+            return f"{row.title}: {row.error}"
+        then = "" if self._settled_ms is None else f", then about {self._settled_ms:.2f} ms"
+        return f"{row.title}: first step {row.first_step_ms:.1f} ms{then}, state {row.state_bytes / 1e9:.3f} GB"
 
     def step(self) -> None:
         if self._optimizer is not None:
@@ -191,7 +208,7 @@ class _Measurement:
         if not self._times or row.state_bytes is None:
             return
         row.steps = len(self._times)
-        row.step_ms = statistics.median(self._times)
+        row.step_ms, row.mean_step_ms = statistics.median(self._times), statistics.fmean(self._times)
         if row.steps > 1:
             quartiles = statistics.quantiles(self._times, n=4, method="inclusive")
             row.quartiles_ms = (quartiles[0], quartiles[2])

@@ -83,9 +83,9 @@ def chart(path: str | Path, results: Sequence[Result]) -> Path:
 
 def _bars(axes: Any, rows: Sequence[Row], values: Sequence[float], colours: Sequence[str], label: str) -> None:
     bars = axes.barh([row.title for row in rows], values, color=colours)
-    axes.bar_label(bars, fmt="%.3g", padding=3)
+    axes.bar_label(bars, fmt=lambda value: f"{value:,.0f}" if value >= 1000 else f"{value:.3g}", padding=3)
     axes.set_xlabel(label)
-    axes.margins(x=0.12)
+    axes.margins(x=0.2)
 
 
 def _paper(result: Result, optimizer: str) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_sai.bench.shapes import Model
+from hf_sai.calibration import WINDOW
 from hf_sai.optimizer import SGDSaI
 
 Named = list[tuple[str, Tensor]]
@@ -23,6 +24,7 @@ class Rival(NamedTuple):
         in_paper: its name in the paper's tables.
         only: the kind of device it is compared on, None for all.
         numbers: how many its state has for each parameter, about.
+        settling: steps before an ordinary one: ours measures every gradient of its window.
     """
 
     title: str
@@ -30,14 +32,23 @@ class Rival(NamedTuple):
     in_paper: str | None = None
     only: str | None = None
     numbers: float = 1.0
+    settling: int = 0
 
 
 def _of(cls: Callable[..., Any], **options: Any) -> Callable[[Model, Named], Any]:
     return lambda model, named: cls([p for _, p in named], **options)
 
 
-def _sgd_sai(**options: Any) -> Callable[[Model, Named], Any]:
-    return _of(SGDSaI, lr=1e-4, **options)
+def _sgd_sai(title: str, only: str | None = None, **options: Any) -> Rival:
+    """As the Trainer makes it: embeddings are token rows."""
+
+    def make(model: Model, named: Named) -> SGDSaI:
+        tokens = [p for name, p in named if _is_embedding(name)]
+        rest = [p for name, p in named if not _is_embedding(name)]
+        groups: list[dict[str, Any]] = [{"params": rest}, {"params": tokens, "token_rows": True}]
+        return SGDSaI([group for group in groups if group["params"]], lr=1e-4, **options)
+
+    return Rival(f"SGD-SaI (hf_sai){title}", make, "SGD-SaI", only, settling=WINDOW + 1)
 
 
 def _installed(module: str, name: str) -> Any:
@@ -95,17 +106,13 @@ def _is_embedding(name: str) -> bool:
 _SGD = partial(torch.optim.SGD, lr=1e-4, momentum=0.9)
 
 RIVALS: dict[str, Rival] = {
-    "sgd_sai": Rival("SGD-SaI (hf_sai)", _sgd_sai(), "SGD-SaI"),
-    # On a CPU weight decay costs time, and only there (and the Trainer's default is none): see kernels.update_cpu.
-    "sgd_sai_no_decay": Rival("SGD-SaI (hf_sai), no weight decay", _sgd_sai(weight_decay=0.0), "SGD-SaI", only="cpu"),
-    "sgd_sai_foreach": Rival("SGD-SaI (hf_sai), foreach", _sgd_sai(foreach=True), "SGD-SaI"),
-    "sgd_sai_per_tensor": Rival(
-        "SGD-SaI (hf_sai), per tensor", _sgd_sai(foreach=False, fused=False), "SGD-SaI", only="cuda"
-    ),
-    "sgd_sai_bf16": Rival("SGD-SaI (hf_sai), bfloat16 momentum", _sgd_sai(momentum_dtype="bfloat16"), "SGD-SaI"),
-    "sgd_sai_int8": Rival("SGD-SaI (hf_sai), int8 momentum", _sgd_sai(momentum_dtype="int8"), "SGD-SaI"),
-    # What the Trainer's default is once it has calibrated, and the pass that clips; the gradients here never grow.
-    "sgd_sai_clip": Rival("SGD-SaI (hf_sai), clip_threshold", _sgd_sai(scaling="floor", clip_threshold=1.0), "SGD-SaI"),
+    "sgd_sai": _sgd_sai(""),
+    # On a CPU weight decay costs time, and only there (and the Trainer's default is none).
+    "sgd_sai_no_decay": _sgd_sai(", no weight decay", only="cpu", weight_decay=0.0),
+    "sgd_sai_foreach": _sgd_sai(", foreach", foreach=True),
+    "sgd_sai_per_tensor": _sgd_sai(", per tensor", only="cuda", foreach=False, fused=False),
+    "sgd_sai_bf16": _sgd_sai(", bfloat16 momentum", momentum_dtype="bfloat16"),
+    "sgd_sai_int8": _sgd_sai(", int8 momentum", momentum_dtype="int8"),
     "sgd_sai_authors": Rival("SGD-SaI (authors' release)", _authors, "SGD-SaI"),
     "sgd_foreach": Rival("SGD momentum, foreach", _of(_SGD, foreach=True), "SGDM"),
     "sgd_fused": Rival("SGD momentum, fused", _of(_SGD, fused=True), "SGDM"),

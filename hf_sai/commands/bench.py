@@ -1,9 +1,11 @@
 """Time optimizer steps on a model's shapes, SGD-SaI beside the others, all in one process and in turn.
 
 Nothing is downloaded: parameters and gradients are random numbers of the model's shapes. Optimizers whose package is
-not installed are listed as such. Columns: median and quartiles of a step; the first step, and the first step less what
-allocating its state costs; state; peak memory of a step beyond what is there before it (CUDA only); share of the copy
-bandwidth measured in the same run; step time in units of three rivals; the paper's figures, from another machine.
+not installed are listed as such. Each optimizer's first figures are told as they come, on stderr; a model's table
+follows when all are measured. Its columns: median and quartiles of a step; the first step, and the first step less what
+allocating its state costs (0 where that alone takes longer); state; peak memory of a step beyond what is there before
+it (CUDA only); share of the copy bandwidth measured in the same run; step time in units of three rivals; the paper's
+figures, from another machine.
 """
 
 import argparse
@@ -63,10 +65,10 @@ def run(args: argparse.Namespace) -> None:
                 dtype=getattr(torch, args.dtype),
                 device=device,
                 steps=args.steps,
-                progress=lambda text: print(f"  {text}", file=sys.stderr),
+                progress=lambda text: print(f"  {text}", file=sys.stderr, flush=True),
             )
         )
-        print(table(results[-1]), end="\n\n")
+        print(table(results[-1]), end="\n\n", flush=True)
     if args.json:
         write_json(args.json, results, versions=versions(), machine=platform.machine())
     if args.chart:

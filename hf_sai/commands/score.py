@@ -8,6 +8,7 @@ Both may be gzipped (.gz). METEOR, ROUGE-L and CIDEr need Java, on PATH or from 
 """
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -34,6 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=list(_TITLES),
         help=f"compute only these: {', '.join(_TITLES)} (default: all)",
     )
+    parser.add_argument(
+        "--max-mrs",
+        metavar="N",
+        type=int,
+        help="score the first N MRs of the references only, for the outputs of a run with --max_test_mrs N",
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON object with unrounded scores")
 
 
@@ -41,7 +48,9 @@ def run(args: argparse.Namespace) -> None:
     from hf_sai.metrics.e2e_nlg.files import read_predictions, read_references
     from hf_sai.metrics.e2e_nlg.scoring import score
 
-    references = read_references(args.references)
+    if args.max_mrs is not None and args.max_mrs < 1:
+        raise ValueError(f"--max-mrs must be at least 1, got {args.max_mrs}")
+    references = dict(itertools.islice(read_references(args.references).items(), args.max_mrs))
     predictions = read_predictions(args.predictions, list(references))
     scores = score(predictions, list(references.values()), args.metrics)
     if args.json:

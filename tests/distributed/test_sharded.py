@@ -110,7 +110,6 @@ def test_zero_redundancy_optimizer_trains_as_one_process(two: Any) -> None:
     assert largest_difference(first["weights"], expected.weights) < expected.tolerance
 
 
-@pytest.mark.xfail(reason="each process divides by the largest g-SNR of its own blocks, without a word")
 def test_what_compares_all_blocks_is_refused_or_right_under_zero_redundancy_optimizer(two: Any) -> None:
     expected = one_process("max")
     for rank in two["hf_sai"]["zero_redundancy_max"]:
@@ -120,7 +119,6 @@ def test_what_compares_all_blocks_is_refused_or_right_under_zero_redundancy_opti
             assert largest_difference(rank["weights"], expected.weights) < expected.tolerance
 
 
-@pytest.mark.xfail(reason="scale_of_block averages over the channels of this process only")
 @pytest.mark.parametrize("check", ["fsdp2_adamw", "tensor_parallel"])
 def test_the_table_is_the_same_on_every_process(two: Any, check: str) -> None:
     first, second = two["hf_sai"][check]

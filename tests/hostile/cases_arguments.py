@@ -31,13 +31,18 @@ OPTIM_ARGS: dict[str, tuple[Any, str]] = {
     "NaN": ("momentum=nan", r"momentum must be in \[0, 1\), got nan"),
     "out of range": ("momentum=1", r"momentum must be in \[0, 1\), got 1\.0"),
     "infinite": ("eps=1e999", "eps must be a finite number >= 0, got inf"),
-    "unknown scaling": ("scaling=adam", r"must be one of raw, max, adamw, floor, got 'adam' \(did you mean adamw\?\)"),
+    "unknown scaling": ("scaling=adam", r"scaling must be one of .*, got 'adam' \(did you mean adamw\?\)"),
     "unknown switch": ("foreach=maybe", "foreach must be one of true, false, none, got 'maybe'"),
-    "unknown dtype": ("momentum_dtype=int3", "momentum_dtype must be one of .*, got 'int3'"),
-    "clipping without a unit": ("scaling=raw,clip_threshold=1", "use scaling='adamw' or 'floor', or leave"),
-    "a threshold of nothing": ("clip_threshold=0", "clip_threshold must be above 0, or None for no clipping, got 0"),
+    "unknown dtype": ("momentum_dtype=int3", "momentum_dtype must be .*, got 'int3'"),
+    "a word that is gone": ("clip_threshold=1", "clip_threshold is gone: scaling='adamw'"),
+    "a scaling that is gone": ("scaling=floor", "scaling=floor is gone: use scaling='adamw'"),
     "code": ("momentum=__import__('os')", "momentum must be a number, got"),
-    "a mapping": ({"momentum": 0.9}, r"must be a string of key=value pairs, got \{'momentum': 0\.9\}"),
+    "a list": (["momentum=0.9"], r"must be a mapping or a string of key=value pairs, got \['momentum=0\.9'\]"),
+    "a mapping out of range": ({"momentum": 1}, r"momentum must be in \[0, 1\), got 1\.0"),
+    "a mapping of lists": (
+        {"momentum": [0.9]},
+        r"momentum must be a number, a word, true, false or null, got \[0\.9\]",
+    ),
 }
 
 

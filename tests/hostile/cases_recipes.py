@@ -11,11 +11,12 @@ from hostile_table import Attempt, Case
 from hf_sai.plots import plot_losses
 from recipes.common import UserError, check_writable, parse_config, write_text
 from recipes.compare import compare
-from recipes.diffusion_checkpoint import find_checkpoint, load_checkpoint
+from recipes.diffusion_checkpoint import last_checkpoint, load_checkpoint
 from recipes.diffusion_config import DiffusionArguments
 from recipes.gpt2_lora_e2e import E2EArguments, check_scoring, run
 from recipes.gpt2_pretrain import read_config
 from recipes.optimizers import RecipeArguments
+from recipes.run_folder import checkpoint_to_resume
 from recipes.sweep import Sweep
 
 
@@ -63,7 +64,7 @@ YAML: dict[str, tuple[bytes, str]] = {
     "half precision twice": (b"fp16: true\nbf16: true", "(?i)fp16.*bf16|bf16.*fp16"),
     "an optimizer that is none": (b"optim: sgd_say", "unknown optimizer 'sgd_say'; did you mean 'sgd_sai'.*known: "),
     "bad optim_args": (b"optim_args: momentum=2", r"momentum must be in \[0, 1\), got 2\.0"),
-    "optim_args a mapping": (b"optim_args: {momentum: 0.9}", "optim_args must be key=value pairs"),
+    "optim_args a bad mapping": (b"optim_args: {momentum: 2}", r"momentum must be in \[0, 1\), got 2\.0"),
 }
 
 
@@ -247,9 +248,9 @@ CASES: list[Case] = [
     ),
     Case(
         "diffusion: nothing to resume",
-        lambda folder: Attempt(lambda: find_checkpoint("last", folder)),
+        lambda folder: Attempt(lambda: checkpoint_to_resume("last", folder, lambda: last_checkpoint(folder))),
         UserError,
-        "resume: no checkpoint at 'last'",
+        "resume_from_checkpoint: there is no whole checkpoint in output_dir",
     ),
     Case(
         "metrics: a typo",

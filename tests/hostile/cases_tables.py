@@ -77,6 +77,11 @@ REFERENCES = {
         ROWS + b"name[\xe9],B\n",
         r"a\.csv, line 3: byte 0xe9 is not UTF-8; save the file",
     ),
+    "references: half a surrogate pair": (
+        "a.csv",
+        ROWS + b"name[B],\xed\xa0\x80\n",
+        r"a\.csv, line 3: half of a surrogate pair \(byte 0xed\) is not UTF-8; write the text again without it",
+    ),
     "references: a cell too many": ("a.csv", ROWS + b"a,b,c\n", r"a\.csv, line 3: 3 cells, but the header has 2"),
     "references: an unclosed quotation mark": ("a.csv", ROWS + b'name[B],"B\n', r"a\.csv, line 3: unexpected end of d"),
     "references: an MR without text": (
@@ -101,6 +106,7 @@ PREDICTIONS = {
         r"line 3: another output for MR .* keep one",
     ),
     "outputs: none for an MR": ("a.csv", b"mr,output\nname[A],1\n", r"1 of the 2 MRs .* have no output.*'name\[B\]'"),
+    "outputs: half a surrogate pair": ("a.txt", b"a\n\xed\xbf\xbf\n", r"a\.txt, line 2: half of a surrogate pair"),
     "outputs: no text": ("a.txt", b"a\n\xff\xfe\n", r"a\.txt, line 2: byte 0xff is not UTF-8"),
 }
 

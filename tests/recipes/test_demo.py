@@ -22,7 +22,7 @@ pytestmark = [
 def test_one_command_ends_with_a_table_sentences_and_plots(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], own_data: bool
 ) -> None:
-    words = ["--output", str(tmp_path / "out"), "--steps", "6", "--pretrain_steps", "8", "--test_mrs", "5"]
+    words = ["--output_dir", str(tmp_path / "out"), "--steps", "6", "--pretrain_steps", "8", "--test_mrs", "5"]
     if not own_data:
         words += ["--data", str(write_sample(tmp_path / "given", 20, 4, 8))]
     monkeypatch.setattr(sys, "argv", ["demo.py", *words])

@@ -30,9 +30,12 @@ from recipes.optimizers import OptimizerArguments
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ("a", "photo", "of", "dog", "toy", "red", "blue")
-# A sum in another order changes a float32 by some of its unit roundoffs of 6e-8: four steps, each through about 40
-# layers forward and back.
-TOLERANCE = 4 * 2 * 40 * 6e-8
+# Sums in another order: four steps of plain SGD carry a float32's unit roundoff of 6e-8 on to 2e-4 of what training
+# has moved a weight, on one thread, on two and on four. A run without the flips is 3 away, one whose gradients are
+# added up where they should be averaged more than 2.
+TOLERANCE = 1e-2
+# Linear in the gradient, unlike SGD-SaI, whose scales make up for a gradient that is wrong by a factor.
+PLAIN_SGD: dict[str, Any] = {"optim": "sgd", "learning_rate": 100.0}
 pytestmark = pytest.mark.xdist_group("diffusion")  # one process makes the tiny models once
 
 
@@ -80,7 +83,7 @@ def train(model_folder: Path, data_folder: Path, tmp_path: Path) -> Callable[...
             "output_dir": str(folder),
             "concept_init": ["dog"],
             "max_steps": 4,
-            "train_batch_size": 2,
+            "per_device_train_batch_size": 2,
             "inference_steps": 2,
             "logging_steps": 1,
             **settings,
@@ -105,18 +108,21 @@ def trained_pipe(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The LoRA and the new rows that a run has saved."""
-    return {
-        **load_file(folder / "lora/pytorch_lora_weights.safetensors"),
-        **load_file(folder / "lora/learned_embeds.safetensors"),
-    }
+    """The LoRA and the new rows, where there are any, that a run has saved."""
+    saved = load_file(folder / "lora/pytorch_lora_weights.safetensors")
+    rows = folder / "lora/learned_embeds.safetensors"
+    return {**saved, **load_file(rows)} if rows.exists() else saved
 
 
-def largest_difference(one: Path, other: Path) -> float:
-    """The largest difference of two runs' weights, in units of the largest weight."""
-    a, b = weights(one), weights(other)
-    assert a.keys() == b.keys()
-    return max(float((a[k] - b[k]).abs().max() / a[k].abs().max()) for k in a)
+def largest_difference(one: Path, other: Path, start: Path) -> float:
+    """The largest difference of two runs' weights, in units of how far the first has moved the tensor it is in.
+
+    Args:
+        start: a run of the same settings whose steps move nothing.
+    """
+    a, b, before = weights(one), weights(other), weights(start)
+    assert a.keys() == b.keys() == before.keys()
+    return max(float((a[k] - b[k]).abs().max() / (a[k] - before[k]).abs().max()) for k in a)
 
 
 def test_only_lora_and_new_rows_train(train: Any, trained_pipe: list[Any], model_folder: Path) -> None:
@@ -135,9 +141,9 @@ def test_only_lora_and_new_rows_train(train: Any, trained_pipe: list[Any], model
 
 def test_resume_is_bitwise(train: Any) -> None:
     """Also with dropout, whose random numbers are the only ones not made from the sample's number."""
-    settings = {"checkpoint_steps": 2, "lora_dropout": 0.2, "text_lora": True}
+    settings = {"save_steps": 2, "lora_dropout": 0.2, "text_lora": True}
     whole, folder = train("whole", **settings)
-    resumed, again = train("again", resume=str(folder / "checkpoint-000002"), **settings)
+    resumed, again = train("again", resume_from_checkpoint=str(folder / "checkpoint-000002"), **settings)
     assert resumed["steps"] == whole["steps"] == 4
     assert resumed["history"] == whole["history"]
     a, b = weights(folder), weights(again)
@@ -146,42 +152,45 @@ def test_resume_is_bitwise(train: Any) -> None:
 
 def test_a_killed_save_is_not_resumed(train: Any) -> None:
     """What a killed save leaves behind is neither found nor in the way; `last` is the newest whole checkpoint."""
-    whole, folder = train(checkpoint_steps=2, checkpoints_kept=1)
+    whole, folder = train(save_steps=2, save_total_limit=1)
     assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-000004"]
     broken = folder / "checkpoint-000006"  # not renamed, so without the file that is written last
     shutil.copytree(folder / "checkpoint-000004", broken)
     (broken / "progress.json").unlink()
-    resumed, _ = train(checkpoint_steps=2, checkpoints_kept=1, resume="last", max_steps=6)
+    resumed, _ = train(save_steps=2, save_total_limit=1, resume_from_checkpoint="last", max_steps=6)
     assert resumed["history"][:4] == whole["history"]
     assert [h["step"] for h in resumed["history"]] == [1, 2, 3, 4, 5, 6]
 
 
 def test_resume_refuses_another_batch_or_lora(train: Any) -> None:
-    _, folder = train(checkpoint_steps=2)
-    for settings, rule in (({"train_batch_size": 3}, "samples a step"), ({"lora_r": 4}, "another LoRA")):
+    _, folder = train(save_steps=2)
+    for settings, rule in (({"per_device_train_batch_size": 3}, "samples a step"), ({"lora_r": 4}, "another LoRA")):
         with pytest.raises(UserError, match=rule):
-            train("other", resume=str(folder / "checkpoint-000002"), **settings)
-    with pytest.raises(UserError, match="no checkpoint at 'last'"):
-        train("other", resume="last")
+            train("other", resume_from_checkpoint=str(folder / "checkpoint-000002"), **settings)
+    with pytest.raises(UserError, match="there is no whole checkpoint in output_dir"):
+        train("other", resume_from_checkpoint="last")
 
 
 def test_accumulation_caches_and_checkpointing_change_nothing(train: Any) -> None:
     """A batch of 2 is 2 batches of 1; latents may be encoded beforehand, activations computed again: the same sums."""
-    _, plain = train("plain", flip=True)
-    _, accumulated = train("accumulated", flip=True, train_batch_size=1, gradient_accumulation_steps=2)
-    _, cached = train("cached", flip=True, cache_latents=True)
-    assert largest_difference(plain, accumulated) < TOLERANCE
-    assert largest_difference(plain, cached) < TOLERANCE
-    _, again = train("again", flip=True, gradient_checkpointing=True)
-    assert largest_difference(plain, again) < TOLERANCE
+    settings = {"flip": True, "optimizer": PLAIN_SGD}
+    _, plain = train("plain", **settings)
+    _, start = train("start", flip=True, optimizer={**PLAIN_SGD, "learning_rate": 0.0}, max_steps=1)
+    _, accumulated = train("accumulated", **settings, per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    _, cached = train("cached", **settings, cache_latents=True)
+    _, again = train("again", **settings, gradient_checkpointing=True)
+    for other in (accumulated, cached, again):
+        assert largest_difference(plain, other, start) < TOLERANCE
+    _, not_flipped = train("not flipped", optimizer=PLAIN_SGD)
+    assert largest_difference(plain, not_flipped, start) > 10 * TOLERANCE  # what a fault looks like
 
 
 def test_cached_prompts_change_nothing(train: Any) -> None:
     """Captions may be encoded beforehand where nothing of the text trains."""
-    settings = {"concept_tokens": ["none"], "concept_init": None}
-    folders = [train(f"cache-{cached}", cache_prompts=cached, **settings)[1] for cached in (False, True)]
-    one, other = (load_file(folder / "lora/pytorch_lora_weights.safetensors") for folder in folders)
-    assert all((one[k] - other[k]).abs().max() <= TOLERANCE * one[k].abs().max() for k in one)
+    settings = {"concept_tokens": ["none"], "concept_init": None, "optimizer": PLAIN_SGD}
+    one, other = (train(f"cache-{cached}", cache_prompts=cached, **settings)[1] for cached in (False, True))
+    _, start = train("start", **{**settings, "optimizer": {**PLAIN_SGD, "learning_rate": 0.0}}, max_steps=1)
+    assert largest_difference(one, other, start) < TOLERANCE
 
 
 def test_several_tokens(train: Any, data_folder: Path, model_folder: Path, tmp_path: Path) -> None:
@@ -233,14 +242,15 @@ def test_two_processes_equal_one_with_twice_the_batch(
     train: Any, model_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
     """Under the shipped launcher configuration, weights and logged losses are those of one process."""
-    record, single = train("single", train_batch_size=4)
+    record, single = train("single", per_device_train_batch_size=4)
+    _, start = train("start", per_device_train_batch_size=4, optimizer={"learning_rate": 0.0}, max_steps=1)
     settings = {
         "model": model_folder,
         "data": data_folder,
         "output_dir": tmp_path / "double",
         "concept_init": "dog",
         "max_steps": 4,
-        "train_batch_size": 2,
+        "per_device_train_batch_size": 2,
         "learning_rate": 1e-2,
         "lr_scheduler_type": "constant",
         "logging_steps": 1,
@@ -256,16 +266,16 @@ def test_two_processes_equal_one_with_twice_the_batch(
     command += [ROOT / "recipes/diffusion_lora.py", *(f"--{key}={value}" for key, value in settings.items())]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        list(map(str, command)), env=environment, capture_output=True, text=True, timeout=250, check=False
+        list(map(str, command)), env=environment, capture_output=True, text=True, timeout=800, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "double/record.json").read_text())
     assert found["processes"] == 2
     assert found["samples_per_step"] == record["samples_per_step"] == 4
-    assert largest_difference(single, tmp_path / "double") < TOLERANCE
+    assert largest_difference(single, tmp_path / "double", start) < TOLERANCE
     for mine, theirs in zip(record["history"], found["history"], strict=True):
         assert mine.keys() == theirs.keys()
-        assert all(theirs[k] == pytest.approx(mine[k], rel=1e-5) for k in mine)
+        assert all(theirs[k] == pytest.approx(mine[k], rel=1e-4) for k in mine)  # 1e-7 is what is seen
 
 
 def test_diffusers_loads_the_same_pixels(train: Any, model_folder: Path) -> None:
@@ -337,9 +347,9 @@ def test_prior_preservation_keeps_the_class(train: Any) -> None:
     made = sorted(folder.glob("prior-*/*"))
     assert [p.name for p in made] == ["00000.png", "00001.png"]
     times = [p.stat().st_mtime_ns for p in made]
-    train(prior_prompt="a photo of dog", prior_images=2)
+    train(prior_prompt="a photo of dog", prior_images=2, overwrite_output_dir=True)
     assert [p.stat().st_mtime_ns for p in made] == times
-    train(prior_prompt="a toy", prior_images=1)  # those of another prompt are others
+    train(prior_prompt="a toy", prior_images=1, overwrite_output_dir=True)  # those of another prompt are others
     assert len(list(folder.glob("prior-*/*"))) == 3
     without, _ = train("without")
     assert record["history"][0]["loss"] != without["history"][0]["loss"]

@@ -33,7 +33,8 @@ def test_demo_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert 0.45 < ours / adamw < 0.55
     assert json.loads((tmp_path / "out/record.json").read_text()) == record
     parts = [record["pretraining"], *record["runs"]]
-    assert record["cpu_seconds"] >= sum(part["cpu_seconds"] for part in parts) - 0.1
+    # Each of them is rounded to 0.1, a row of several seeds once a seed.
+    assert record["cpu_seconds"] >= sum(part["cpu_seconds"] for part in parts) - 0.3
     width, height = open_image(tmp_path / "out/grid.png").size
     assert width > 64 * len(unseen())
     assert height > 64 * 3

@@ -72,6 +72,19 @@ def test_hub(monkeypatch: pytest.MonkeyPatch, revision: str | None) -> None:
     assert data.test == [Row("name[A]", "A."), Row("name[A]", "It is A.")]
 
 
+@pytest.mark.parametrize("text", [None, " "])
+def test_a_hub_row_without_text_is_named(monkeypatch: pytest.MonkeyPatch, text: str | None) -> None:
+    import datasets
+
+    rows = {"mr": ["name[A]", "name[A]"], "ref": ["A.", text]}
+    splits = datasets.DatasetDict(
+        {split: datasets.Dataset.from_dict(rows) for split in ("train", "validation", "test")}
+    )
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: splits)
+    with pytest.raises(UserError, match="data: owner/name, split train, row 1: empty ref"):
+        load_e2e("owner/name")
+
+
 def test_hub_out_of_reach_names_the_remedy() -> None:
     with pytest.raises(UserError, match=r"could not load nobody/nothing from the hub .* a local folder also does"):
         load_e2e("nobody/nothing")

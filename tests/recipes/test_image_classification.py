@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForImageClassification
 
-from recipes import classifier, image_classification, lstm_text
+from recipes import classifier, common, image_classification, lstm_text
 from recipes.classifier import ClassifierArguments, ClassifierTrainer, read_config
 from recipes.common import UserError
 from recipes.image_augment import OPERATIONS, mix, rand_augment, random_resized_crop, shift_and_flip
@@ -141,7 +142,7 @@ def test_killed_in_mid_epoch_and_resumed_is_the_run_never_killed(config, model, 
     with pytest.raises(KeyboardInterrupt):
         image_classification.run(config)
     monkeypatch.setattr(ClassifierTrainer, "training_step", step)
-    with pytest.raises(UserError, match=r"holds checkpoint-7 of an earlier run.*--resume_from_checkpoint auto"):
+    with pytest.raises(UserError, match=r"holds checkpoint-7 of an earlier run.*--resume_from_checkpoint last"):
         image_classification.run(config)
     resumed = image_classification.run({**config, "resume_from_checkpoint": "auto"})
     assert losses(resumed) == losses(whole)
@@ -200,7 +201,7 @@ def test_a_step_is_the_same_in_one_batch_or_in_accumulated_parts(config):
     config |= {"num_train_epochs": 2, "crop_padding": 2, "logging_steps": 5, "learning_rate": 1e-3}
     one = image_classification.run(config)
     parts = image_classification.run({**config, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 3})
-    # float32 sums in another order, relative errors of 2**-23 that ten steps carry on; 1e-4 is 840 of them
+    # float32 sums in another order, relative errors of 2**-23 that ten steps carry on; 1e-4 is 840 of them, 2 are seen
     assert losses(parts) == pytest.approx(losses(one), rel=1e-4)
 
 
@@ -243,7 +244,7 @@ def test_two_processes_are_one_with_twice_the_batch(config, tmp_path):
     (tmp_path / "two.yaml").write_text(json.dumps(config))  # JSON is YAML
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml"]
     command = [*launch, "recipes/image_classification.py", str(tmp_path / "two.yaml")]
-    printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=240, text=True).stdout
+    printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=800, text=True).stdout
     two = json.loads((tmp_path / "two" / "record.json").read_text())
     assert (one["processes"], two["processes"]) == (1, 2)
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)  # see the test of accumulation
@@ -341,7 +342,7 @@ def test_parquet_and_folders_give_the_same_tensors(home):
             assert torch.equal(ours, theirs)
     values = parquet.train.__getitems__(list(range(60)))["pixel_values"]
     assert values.mean((0, 2, 3)).tolist() == pytest.approx([0, 0, 0], abs=1e-5)
-    assert values.std((0, 2, 3)).tolist() == pytest.approx([1, 1, 1], rel=1e-4)
+    assert values.std((0, 2, 3), correction=0).tolist() == pytest.approx([1, 1, 1], rel=1e-5)
 
 
 def test_preloaded_and_decoded_when_asked_for_are_the_same_pixels(home):
@@ -395,11 +396,11 @@ def test_digits_are_one_channel_of_eight_pixels(config, monkeypatch):
 
 def test_digits_without_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(UserError, match=r"`digits` comes with scikit-learn: pip install 'hf_sai\[vision\]'"):
+    with pytest.raises(UserError, match=r"`digits` needs the package scikit-learn: pip install scikit-learn"):
         load_images(ImageArguments("digits"), 0)
 
 
-@pytest.mark.skipif(not (DATA / "cifar_like").is_dir(), reason="needs HF_SAI_DATA or ../shared/data")
+@pytest.mark.skipif(not (DATA / "cifar_like").is_dir(), reason="needs HF_SAI_DATA")
 def test_cifar_like():
     data = load_images(ImageArguments(str(DATA / "cifar_like")), 0)
     assert (len(data.train), len(data.validation), data.classes, data.image_size) == (5000, 1000, 10, 32)
@@ -590,8 +591,9 @@ def test_small_images_keep_their_size_in_the_stem_of_a_resnet():
     assert weights.std().item() == pytest.approx((2 / (4 * 9)) ** 0.5, rel=0.3)  # Kaiming, fan out, of 108 draws
 
 
-def test_every_configuration_is_read():
-    found = [path for path in CONFIGS if "recipes/image_classification.py" in path.read_text()]
+def test_every_configuration_is_read(monkeypatch):
+    monkeypatch.setattr(common, "expand", lambda value: (value, None))  # the data need not be here
+    found = [path for path in CONFIGS if re.search(r"recipes[./]image_classification", path.read_text())]
     assert len(found) == 6
     for path in found:
         words = [str(path), "--use_cpu", "true"]  # bf16 is refused where there is no GPU, unless that is meant

@@ -322,7 +322,7 @@ def test_empty_validation_split_is_refused(tmp_path, jsonl, tokenizer):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (DATA / "pretrain").is_dir(), reason="needs HF_SAI_DATA or ../shared/data")
+@pytest.mark.skipif(not (DATA / "pretrain").is_dir(), reason="needs HF_SAI_DATA")
 @pytest.mark.timeout(900)
 def test_188_megabytes_in_bounded_memory(tmp_path):
     code = f"""
@@ -345,4 +345,4 @@ print(files["validation"].tokens - files["validation"].documents, files["train"]
     tokens, documents, memory, _ = results[0]
     assert (tokens, documents) == (480732, 25590)  # as the data set's own README counts them
     assert memory < 2 * 2**30
-    assert results[1][3] < 5
+    assert results[1][3] < results[0][3] / 5  # the second reads what the first has kept

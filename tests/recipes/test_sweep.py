@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hf_sai import SGDSaI
+from recipes import common, optimizers
 from recipes import sweep as engine
 from recipes.classifier import ClassifierArguments
 from recipes.common import UserError, parse_config, write_json
@@ -96,6 +98,7 @@ def made(tmp_path, monkeypatch):
 
     def stand_in(recipe, base, run):
         started.append(run.folder.name)
+        write_json(run.folder / engine.SETTINGS, run.settings)
         rate = float(run.options["learning_rate"])
         if rate == 0.5:
             return "ValueError: no"
@@ -161,7 +164,35 @@ def test_sweep_goes_on_where_it_stopped_and_repeats_the_best_at_length(tmp_path,
     assert made == ["theirs_0.5"]
     assert json.loads((tmp_path / "results" / "name.json").read_text())["runs"] == found["runs"]
     sweep.options["max_steps"] = 4  # a row made with other options does not count
+    shutil.rmtree(tmp_path / "out")
     assert len(list(do(sweep, planned(sweep)))) == 5
+
+
+@pytest.mark.parametrize("change", ["base", "default", "rule"])
+def test_a_row_of_another_base_or_default_is_not_reused(tmp_path, made, monkeypatch, change):
+    sweep = read(tmp_path)
+    list(do(sweep, planned(sweep)))
+    report(sweep, "s.yaml")
+    made.clear()
+    list(do(sweep, planned(sweep)))
+    assert made == ["theirs_0.5"], "it failed; the others are there"
+    made.clear()
+    shutil.rmtree(tmp_path / "out")
+    if change == "base":
+        (tmp_path / "base.yaml").write_text("seed: 0\ntrain_files: [a/c.txt]\n")
+    elif change == "default":
+
+        class Other(SGDSaI):
+            def __init__(self, params, lr=1e-3, momentum=0.8, scaling="adamw"):
+                """The same optimizer with another default."""
+
+        monkeypatch.setattr(optimizers, "SGDSaI", Other)
+    else:
+        monkeypatch.setattr(optimizers.calibration, "WINDOW", 61)
+    list(do(sweep, planned(sweep)))
+    ours = ["ours_1e-3", "ours_1e-2", "ours_1e-1"]
+    everything = ["ours_1e-3", "theirs_0.5", "ours_1e-2", "theirs_1.0", "ours_1e-1"]
+    assert made == everything if change == "base" else set(made) == {*ours, "theirs_0.5"}
 
 
 def test_seeds_of_the_best_do_not_repeat_the_run_of_the_grid(tmp_path, made, monkeypatch):
@@ -173,11 +204,15 @@ def test_seeds_of_the_best_do_not_repeat_the_run_of_the_grid(tmp_path, made, mon
     assert [(row["seed"], row["value"]) for row in found["finals"]] == [(0, 3.0), (1, 4.0)]
 
 
-def test_unfinished_run_with_other_options_is_not_taken_over(tmp_path, made):
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_run_with_other_settings_is_not_taken_over(tmp_path, made, finished):
     sweep = read(tmp_path)
     run = planned(sweep)[0]
-    write_json(run.folder / "sweep_options.json", run.options | {"max_steps": 4})
-    with pytest.raises(UserError, match=r"ours_1e-3 holds an unfinished run with other options; remove it"):
+    if finished:  # by a version that kept no settings
+        write_json(run.folder / "record.json", {"final": {"eval_loss": 1.0}})
+    else:
+        write_json(run.folder / "sweep_settings.json", run.settings | {"recipe": "lstm_text"})
+    with pytest.raises(UserError, match=r"ours_1e-3 holds a run with other settings; remove it"):
         list(do(sweep, [run]))
     assert row_of(run, "final.eval_loss") is None
     with pytest.raises(UserError, match=r"no run of s.yaml has ended yet"):
@@ -219,6 +254,7 @@ SWEEPS = [path for path in sorted(CONFIGS.glob("*.yaml")) if "\nruns:" in path.r
 def test_every_shipped_sweep_plans_runs_that_its_recipe_takes(path: Path, tmp_path: Path, monkeypatch):
     """Each run's options, of the grid and of the runs at length, pass the recipe's own checks."""
     monkeypatch.chdir(CONFIGS.parents[1])
+    monkeypatch.setattr(common, "expand", lambda value: (value, None))  # the data need not be here
     sweep = Sweep.read(path)
     assert path.stem in sweep.results
     runs = planned(sweep)
@@ -272,10 +308,10 @@ KILLED = """
 import multiprocessing, os, pathlib, sys, time
 
 def work(path):
-    from recipes.sweep import end_with_parent
-    end_with_parent()
+    from recipes.interrupt import worker_start
+    worker_start()
     path.write_text(str(os.getpid()))
-    time.sleep(600)
+    time.sleep(900)
 
 if __name__ == "__main__":
     multiprocessing.get_context("spawn").Process(target=work, args=(pathlib.Path(sys.argv[1]),)).start()
@@ -302,7 +338,7 @@ def running(pid: int) -> bool:
         return False
 
 
-def until(what: Callable[[], object], seconds: float = 60) -> None:
+def until(what: Callable[[], object], seconds: float = 400) -> None:
     end = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < end, "it has not happened"

@@ -5,11 +5,12 @@
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import datasets
 import evaluate
 
-from .scoring import score
+from .scoring import check_texts, score
 
 _CITATION = """\
 @article{dusek2020evaluating,
@@ -67,6 +68,18 @@ class E2eNlg(evaluate.Metric):  # type: ignore[misc]  # evaluate has no type inf
             homepage="https://github.com/tuetschek/e2e-metrics",
             reference_urls=["https://arxiv.org/abs/1901.07931"],
         )
+
+    def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
+        """Add a batch of predictions and the references of each; the error for what is no text names its place."""
+        # evaluate itself lets a missing reference pass, names no place for a missing prediction, and fails at half of
+        # a surrogate pair while it writes its cache.
+        check_texts(predictions, references, start=len(self))
+        super().add_batch(predictions=predictions, references=references, **kwargs)
+
+    def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
+        """Add one prediction and its references; the error for what is no text names its place."""
+        check_texts([prediction], [reference], start=len(self))
+        super().add(prediction=prediction, reference=reference, **kwargs)
 
     def _compute(
         self,

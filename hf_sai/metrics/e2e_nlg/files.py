@@ -7,6 +7,7 @@ Files are UTF-8, optionally with a byte order mark, optionally gzipped (`.gz`).
 import csv
 import gzip
 import io
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from pathlib import Path
 _MR_COLUMNS = ("mr", "meaning_representation")
 _REFERENCE_COLUMNS = ("ref", "human_reference")
 _OUTPUT_COLUMNS = ("output", "prediction")
+# U+D800 to U+DFFF, as a program writes them that does not join surrogate pairs.
+_HALF_A_PAIR = re.compile(rb"\xed[\xa0-\xbf][\x80-\xbf]")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
@@ -82,9 +85,10 @@ def _read_output_table(path: Path, mrs: list[str]) -> list[str]:
         raise ValueError(f"{path}, line 2: no outputs below the header")
     missing = [mr for mr in mrs if mr not in outputs]
     if missing:
+        hint = _if_first(len(outputs)) if missing == mrs[len(outputs) :] else ""
         raise ValueError(
             f"{path}, line {last + 1}: the table ends, and {len(missing)} of the {len(mrs)} MRs of the references have "
-            f"no output, the first of them {missing[0]!r}"
+            f"no output, the first of them {missing[0]!r}{hint}"
         )
     return [outputs[mr] for mr in mrs]
 
@@ -105,8 +109,12 @@ def _read_output_lines(path: Path, mrs: list[str]) -> list[str]:
         )
     raise ValueError(
         f"{path}, line {len(up_to_last) + 1}: an output is missing; the file has {len(filled)} for the {len(mrs)} MRs "
-        "of the references"
+        f"of the references{_if_first(len(up_to_last))}"
     )
+
+
+def _if_first(count: int) -> str:
+    return f"; if these are the outputs for the first {count} MRs, score them with --max-mrs {count}"
 
 
 def _read_table(
@@ -162,6 +170,11 @@ def _read_text(path: Path) -> str:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
+        if _HALF_A_PAIR.match(raw, error.start):
+            raise ValueError(
+                f"{path}, line {line}: half of a surrogate pair (byte 0xed) is not UTF-8; write the text again without "
+                'it, for instance as text.encode("utf-8", "replace")'
+            ) from None
         raise ValueError(
             f"{path}, line {line}: byte 0x{raw[error.start]:02x} is not UTF-8; save the file as UTF-8, for instance "
             f"with `iconv -f latin1 -t utf-8`"

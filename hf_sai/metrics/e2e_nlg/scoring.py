@@ -14,8 +14,9 @@ import subprocess
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.meteor import meteor as coco_meteor
@@ -61,12 +62,13 @@ def score(
         CIDEr of a single segment is 0: its inverse document frequencies are all log(1).
 
     Raises:
-        ValueError: an unknown metric, lengths that differ, no segments, or a segment without a usable reference.
+        ValueError: an unknown metric, lengths that differ, no segments, a segment without a usable reference, or
+            what `check_texts` refuses.
         FileNotFoundError: a metric needs Java and there is none.
         ChildProcessError, TimeoutError: Java failed, or took far too long.
     """
     wanted = _check_metrics(metrics)
-    outputs, groups = _check_texts(predictions, references)
+    outputs, groups = _check_segments(predictions, references)
     scores: dict[str, float] = {}
     if "bleu" in wanted:
         scores["bleu"] = _bleu(outputs, groups)
@@ -85,6 +87,24 @@ def score(
                 logger.warning("CIDEr of a single segment is 0: it weighs words by how few segments use them")
             scores["cider"] = float(Cider().compute_score(*by_segment)[0])
     return scores
+
+
+def check_texts(predictions: Sequence[str], references: Sequence[Sequence[str]], start: int = 0) -> None:
+    """Refuse what is no text: None and other objects, and half of a surrogate pair, which UTF-8 cannot write.
+
+    Args:
+        predictions: One text per segment.
+        references: The references of each segment.
+        start: The number of the first segment in the messages.
+
+    Raises:
+        ValueError: It names the first such entry, as `predictions[2]` or `references[2][0]`.
+    """
+    for i, text in enumerate(_list_of_texts("predictions", predictions), start):
+        _check_text(f"predictions[{i}]", text, 'an empty output is ""')
+    for i, group in enumerate(_list_of_texts("references", references), start):
+        for k, text in enumerate(_list_of_texts(f"references[{i}]", group)):
+            _check_text(f"references[{i}][{k}]", text, "leave out a reference that is missing")
 
 
 def find_java() -> str:
@@ -114,21 +134,40 @@ def _check_metrics(metrics: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(metrics)
 
 
-def _check_texts(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+def _check_segments(
+    predictions: Sequence[str], references: Sequence[Sequence[str]]
+) -> tuple[list[str], list[list[str]]]:
+    check_texts(predictions, references)
     if len(predictions) != len(references):
         raise ValueError(
             f"references must hold one list per prediction, got {len(references)} for {len(predictions)} predictions"
         )
-    if not predictions:
+    if not len(predictions):  # an array has no truth value
         raise ValueError("predictions must not be empty, got 0 of them")
     groups = []
     for i, texts in enumerate(references):
-        if isinstance(texts, str):
-            raise ValueError(f"references[{i}] must be a list of texts, got the text {texts!r}")
         groups.append([text for text in map(_clean, texts) if text])
         if not groups[-1]:
             raise ValueError(f"references[{i}] must hold at least one text that is not blank, got {list(texts)!r}")
     return [_clean(text) for text in predictions], groups
+
+
+def _list_of_texts(name: str, texts: Any) -> Iterable[Any]:
+    if isinstance(texts, str):
+        raise ValueError(f"{name} must be a list of texts, got the text {texts!r}")
+    if not isinstance(texts, Iterable):
+        raise ValueError(f"{name} must be a list of texts, got {texts!r}")
+    return texts
+
+
+def _check_text(name: str, text: Any, remedy: str) -> None:
+    if not isinstance(text, str):
+        raise ValueError(f"{name} must be a text, got {text!r}; {remedy}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"half of a surrogate pair (U+{ord(text[error.start]):04X}) at character {error.start}"
+        raise ValueError(f"{name} must be a text that UTF-8 can write, got {half}") from None
 
 
 def _clean(text: str) -> str:
