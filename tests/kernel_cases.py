@@ -37,7 +37,10 @@ def make_blocks(
     count: int = 1,
     token_rows: bool = False,
 ) -> list[Blocks]:
-    """For each shape ``count`` blocks that are updated together, each channel with a scale of its own."""
+    """For each shape ``count`` blocks that are updated together, each channel with a scale of its own.
+
+    With ``token_rows`` the columns of a matrix have factors, too.
+    """
     generator = torch.Generator().manual_seed(0)
     made = []
     for seed, shape in enumerate(shapes):
@@ -48,6 +51,9 @@ def make_blocks(
             codes = (torch.rand(scale_count(p.numel()), generator=generator) / LEVELS).to(device)
         layout = channels(torch.Size(shape), "adamw", token_rows)
         scale = 0.5 + 1.5 * torch.rand(count, *layout.shape, generator=generator)
+        factor = None
+        if token_rows and len(shape) == 2 and count == 1:  # such a matrix is alone
+            factor = (0.5 + torch.rand(1, 1, shape[1], generator=generator)).to(device)
         counter = torch.tensor(3 + seed, device=device) if stochastic_rounding or m_dtype == torch.int8 else None
         made.append(
             Blocks(
@@ -59,6 +65,7 @@ def make_blocks(
                 codes,
                 counter,
                 seed,
+                factor,
             )
         )
     return made
@@ -114,6 +121,8 @@ def exact(b: Blocks, hyper: Hyper) -> Iterator[Exact]:
     """The update of each block of ``b`` by the formula at the head of :mod:`hf_sai.kernels`."""
     for k, (p, g) in enumerate(zip(b.params, b.grads, strict=True)):
         u = b.scale[k].double() * g.double()
+        if b.column_factor is not None:
+            u = u * b.column_factor[0].double()
         if hyper.limit is not None:
             u = u.clamp(-hyper.limit, hyper.limit)
         u = -u if hyper.maximize else u

@@ -40,21 +40,22 @@ def assert_rounded_once(found: Tensor, value: Tensor, size: Tensor, wide: torch.
     assert error.max() <= 0, error.max()
 
 
+@pytest.mark.parametrize("token_rows", [False, True])
 @pytest.mark.parametrize("path", [update_plain, update_foreach])
 @pytest.mark.parametrize(("p_dtype", "g_dtype", "m_dtype"), [*COMBINATIONS, (torch.float64,) * 3])
-def test_the_formula_in_every_dtype(path: Any, p_dtype: Any, g_dtype: Any, m_dtype: Any) -> None:
-    many = make_blocks(SHAPES, p_dtype, g_dtype, m_dtype)
+def test_the_formula_in_every_dtype(path: Any, p_dtype: Any, g_dtype: Any, m_dtype: Any, token_rows: bool) -> None:
+    many = make_blocks(SHAPES, p_dtype, g_dtype, m_dtype, token_rows=token_rows)
     before = copied(many)
     path(many, HYPER)
     assert_exact(many, before, HYPER)
 
 
 @pytest.mark.parametrize("path", [update_plain, update_foreach])
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(("count", "token_rows"), [(1, False), (1, True), (3, False)])
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_every_option(path: Any, variant: dict[str, Any], count: int) -> None:
+def test_every_option(path: Any, variant: dict[str, Any], count: int, token_rows: bool) -> None:
     hyper = HYPER._replace(**variant)
-    many = make_blocks(count=count)
+    many = make_blocks(count=count, token_rows=token_rows)
     before = copied(many)
     path(many, hyper)
     assert_exact(many, before, hyper)

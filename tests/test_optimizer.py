@@ -79,18 +79,32 @@ def test_scales_are_one_over_the_rms_of_each_channel_over_the_window() -> None:
 def test_the_scale_of_a_token_counts_the_steps_without_it() -> None:
     p = block(4, 3)
     optimizer = SGDSaI([{"params": [p], "token_rows": True}], lr=0.0)
-    total = torch.zeros(4, dtype=torch.float64)
-    steps = 3 * WINDOW
-    for i in range(steps):
-        gradient = torch.randn(4, 3)
+    squares = torch.zeros(4, 3, dtype=torch.float64)
+    for i in range(WINDOW):
+        gradient = torch.randn(4, 3) * torch.tensor([1.0, 10.0, 0.1])
         gradient[1], gradient[2] = 0, gradient[2] * (i % 4 == 1)
         step(optimizer, gradient)
-        total += gradient.double().square().mean(1)
-    expected = 1 / ((total / steps).sqrt() + 1e-8)
-    torch.testing.assert_close(optimizer.state[p]["scale"].double()[:, 0], expected, rtol=1e-4, atol=0)
+        squares += gradient.double().square() / WINDOW
+    for key, dim in (("scale", 1), ("column_scale", 0)):
+        expected = 1 / (squares.mean(dim, keepdim=True).sqrt() + 1e-8)
+        torch.testing.assert_close(optimizer.state[p][key].double(), expected, rtol=1e-5, atol=0)
 
 
-def test_an_update_is_at_most_ten_learning_rates() -> None:
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("shape", [(1500, 900), (900, 1500), (7, 5)])
+def test_an_element_of_a_token_row_is_scaled_by_its_row_and_its_column(shape: tuple[int, ...], foreach: bool) -> None:
+    """As Adafactor's second moment: the row's times the column's over the mean of all."""
+    p = nn.Parameter(torch.zeros(shape))
+    group = {"params": [p], "token_rows": True}
+    optimizer = SGDSaI([group], lr=1.0, momentum=0.0, weight_decay=0.0, foreach=foreach)
+    gradient = torch.randn(shape) * (0.1 + torch.rand(shape[1])) * (0.1 + torch.rand(shape[0], 1))
+    step(optimizer, gradient)
+    v = gradient.double().square()
+    expected = gradient.double() / (v.mean(1, keepdim=True) * v.mean(0, keepdim=True) / v.mean()).sqrt()
+    torch.testing.assert_close(p.detach().double(), -expected.clamp(-30, 30), rtol=1e-5, atol=0)
+
+
+def test_an_update_is_at_most_thirty_learning_rates() -> None:
     """Also where a gradient outgrows its calibration by any factor."""
     p = nn.Parameter(torch.zeros(5, 4))
     optimizer = SGDSaI([p], lr=0.1, momentum=0.0, weight_decay=0.0)
@@ -99,7 +113,7 @@ def test_an_update_is_at_most_ten_learning_rates() -> None:
     for factor in (3.0, 1e3, 1e20, 3e38):
         before = p.detach().clone()
         step(optimizer, factor * torch.ones(5, 4))
-        torch.testing.assert_close(before - p.detach(), torch.full((5, 4), 0.1 * min(10.0, factor)), rtol=1e-5, atol=0)
+        torch.testing.assert_close(before - p.detach(), torch.full((5, 4), 0.1 * min(30.0, factor)), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("scaling", ["raw", "max"])
