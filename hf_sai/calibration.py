@@ -109,6 +109,7 @@ class Calibration:
         """Measure the g-SNR of blocks that have none."""
         members = [w.batch.members[i] for w, i in pairs]
         statistics = _statistics(pairs)
+        largest = largest_gsnr() if any(w.group["scaling"] == "max" for w, _ in pairs) else 0.0
         usable: list[tuple[Work, Member, float]] = []
         for (w, i), m, s in zip(pairs, members, statistics, strict=True):
             w.kinds[i] = "usable" if s.kind == "constant" else s.kind
@@ -117,7 +118,6 @@ class Calibration:
                 usable.append((w, m, s.gsnr))
         for scaling in ("raw", "max"):
             chosen = [(m, gsnr) for w, m, gsnr in usable if w.group["scaling"] == scaling]
-            largest = largest_gsnr() if chosen and scaling == "max" else 0.0
             values = paper_scales([gsnr for _, gsnr in chosen], scaling, largest)
             for (m, _), scale in zip(chosen, values, strict=True):
                 m.state["scale"].fill_(scale)

@@ -137,7 +137,7 @@ def _rows(b: Blocks) -> Iterator[tuple[int, ...]]:
 
 def _kind(b: Blocks, p: Tensor, s: Tensor) -> int:
     """How the kernel finds the channel of an element: one for all, a row, a column, or a column of one of a stack."""
-    if s.numel() == 1:
+    if s.numel() == 1 and b.column_factor is None:
         return -1
     if not b.rows:
         return 0

@@ -65,7 +65,7 @@ def _compare(optimizer: Optimizer, state_dict: Any) -> None:
             )
     changed: dict[str, str] = {}
     for group, saved in zip(optimizer.param_groups, saved_groups, strict=False):
-        for key in optimizer.defaults:
+        for key in (name for name in optimizer.defaults if name != "step"):
             # What a scheduler has made of the learning rate is no setting.
             place = "initial_lr" if key == "lr" else key
             if place in group and place in saved and _plain(group[place]) != _plain(saved[place]):
