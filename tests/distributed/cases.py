@@ -1,6 +1,6 @@
 """What the launched tests train: a model of awkward shapes, one training loop, one way to read the results."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -120,10 +120,14 @@ def gsnrs(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, float
 
 def scales(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, list[float]]:
     """The scale of each channel of each block; none of the authors' release, which keeps none."""
-    return {
-        name: whole(optimizer.state[p]["scale"]).flatten().tolist() if "scale" in optimizer.state.get(p, {}) else []
-        for name, p in model.named_parameters()
-    }
+    named = [(name, optimizer.state.get(p, {})) for name, p in model.named_parameters()]
+    return {key: x for name, state in named for key, x in scales_of(name, state).items()}
+
+
+def scales_of(name: str, state: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """Those of one block, of which the rows and the columns are channels if its rows are tokens."""
+    keys = [key for key in ("scale", "column_scale") if key in state]
+    return {f"{name} {key}": whole(state[key]).flatten().tolist() for key in keys}
 
 
 def weights(model: nn.Module) -> dict[str, list[float]]:

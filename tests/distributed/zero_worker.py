@@ -15,7 +15,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
 
 import deepspeed
 import torch.distributed as dist
-from cases import batch, build, settings, weights
+from cases import batch, build, scales_of, settings, weights
 from torch import nn
 
 from hf_sai import SGDSaI, gsnr_table
@@ -64,10 +64,8 @@ def go(engine: Any, steps: range) -> None:
 def report(engine: Any, optimizer: SGDSaI) -> dict[str, Any]:
     rows = gsnr_table(engine.optimizer, engine)
     names = {p: name for name, p in engine.module.named_parameters()}
-    scale = {
-        names.get(p, place): state["scale"].flatten().tolist() if state else []
-        for place, p, state in unwrap_sgd_sai(engine.optimizer).block_states()
-    }
+    states = [(names.get(p, place), state) for place, p, state in unwrap_sgd_sai(engine.optimizer).block_states()]
+    scale = {key: x for name, state in states for key, x in scales_of(name, state).items()}
     return {"gsnr": {row.name: row.gsnr for row in rows}, "scale": scale, "weights": weights(engine.module)}
 
 
