@@ -19,7 +19,6 @@ class Command(Protocol):
 
     NAME: str  # the word after `hf-sai`
     HELP: str  # one line
-    EXTRA: str  # the extra of the package that brings what `run` imports
 
     def add_arguments(self, parser: argparse.ArgumentParser, /) -> None: ...
 
@@ -64,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         package = (error.name or "").partition(".")[0]
         if package in ("", hf_sai.__name__):
             raise
-        message = f"needs the package {package}: pip install 'hf_sai[{chosen.EXTRA}]'"
+        message = f"needs the package {package}: pip install {package}"
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
     except ValueError as error:

@@ -28,13 +28,13 @@ class SGDSaI(Optimizer):
     For each channel (an index of the longer dimension of a matrix; see :mod:`hf_sai.channels`) with gradient g
 
     .. math::
-        u &= \operatorname{clamp}(s\,g, -10, 10), \quad s = 1 / (\sqrt{v} + \text{eps}) \\
+        u &= \operatorname{clamp}(s\,g, -30, 30), \quad s = 1 / (\sqrt{v} + \text{eps}) \\
         m &\leftarrow m + w\,(u - m), \quad w = (1 - \mu) / (1 - \mu^t) \\
         \theta &\leftarrow (1 - \text{lr}\,\lambda)\,\theta - \text{lr}\,m
 
     where v is the mean of g^2 over the channel and over its first 60 usable gradients (finite and not all zero). After
-    them v follows slowly, one gradient in ten. In groups with ``token_rows=True`` each row of a matrix is a channel
-    whose v follows in every step; :func:`hf_sai.param_groups` makes them.
+    them v follows slowly, one gradient in ten. In groups with ``token_rows=True`` both the rows and the columns of a
+    matrix are channels; :func:`hf_sai.param_groups` makes these groups.
 
     ``scaling="raw"`` and ``"max"`` are the method of the paper (arXiv 2412.11768, Algorithm 1) in the paper's units:
     one scale for each parameter, gsnr = ||g|| / (std(g) + eps) of its first usable gradient, for ``"max"`` divided by

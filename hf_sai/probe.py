@@ -111,6 +111,8 @@ def load_model(name: str) -> nn.Module:
     """A causal language model with its weights, in float32, by hub name or folder."""
     from transformers import AutoModelForCausalLM
 
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise ValueError(f"--model: there is no folder {name!r}; give a folder, a hub name, or --config")
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:

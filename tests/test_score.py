@@ -238,7 +238,7 @@ def test_a_missing_package_is_named_with_its_extra(score, write, monkeypatch):
     code, _, err = score(write("out.txt", "\n".join(OUTPUTS)))
     assert (code, err) == (
         1,
-        "hf-sai score: error: needs the package pycocoevalcap: pip install 'hf_sai[e2e]'\n",
+        "hf-sai score: error: needs the package pycocoevalcap: pip install pycocoevalcap\n",
     )
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 
 NAME = "bench"
 HELP = "step time and state of optimizers on a model's shapes"
-EXTRA = "rivals,plots"
 
 _DTYPES = ("float32", "bfloat16", "float16")
 

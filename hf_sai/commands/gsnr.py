@@ -21,7 +21,6 @@ from hf_sai.options import SCALINGS
 
 NAME = "gsnr"
 HELP = "g-SNR of a model's blocks on one batch of text"
-EXTRA = "recipes"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 NAME = "score"
 HELP = "the five E2E metrics of a file of outputs"
-EXTRA = "e2e"
 
 _TITLES = {"bleu": "BLEU", "nist": "NIST", "meteor": "METEOR", "rouge_l": "ROUGE-L", "cider": "CIDEr"}
 
