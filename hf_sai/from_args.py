@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer, TrainingArguments, get_scheduler
 
-from hf_sai.optim_args import parse_optim_args
+from hf_sai.optim_args import check_kwargs, parse_optim_args
 from hf_sai.optimizer import SGDSaI
 from hf_sai.param_groups import param_groups, split_token_rows
 from hf_sai.release import release_gradients
@@ -90,7 +90,9 @@ def kwargs_from_args(args: TrainingArguments) -> dict[str, Any]:
     parsed = parse_optim_args(args.optim_args)
     parsed.pop("release_gradients", None)
     _warn_if_nothing_will_train(args, parsed.get("scaling"))
-    return {"lr": args.learning_rate, "weight_decay": args.weight_decay, **parsed}
+    kwargs = {"lr": args.learning_rate, "weight_decay": args.weight_decay, **parsed}
+    check_kwargs(kwargs)
+    return kwargs
 
 
 def class_for(model: nn.Module | None) -> type[SGDSaI]:

@@ -134,9 +134,14 @@ def _is_dtype(key: str, value: Any) -> bool:
     return torch.dtype in _TYPES[key] and isinstance(value, str)
 
 
+def check_kwargs(kwargs: Mapping[str, Any]) -> None:
+    """Raise ValueError for keyword arguments that :class:`SGDSaI` would refuse."""
+    check_group({**_DEFAULTS, "token_rows": False, **kwargs})
+
+
 def _check(parsed: Mapping[str, Any]) -> None:
     try:
-        check_group({**_DEFAULTS, "token_rows": False, **parsed})
+        check_kwargs(parsed)
     except ValueError as error:
         rule, _, got = str(error).rpartition("got ")
         remedy = _did_you_mean(got.strip("'"), re.findall(r"\w+", rule)) if got.startswith("'") else ""

@@ -264,7 +264,7 @@ def _folder(args: ClassifierArguments) -> Iterator[tuple[str, str | None]]:
         with tempfile.TemporaryDirectory() as folder:
             yield folder, None
         return
-    last = functools.partial(last_whole_checkpoint, args.output_dir, args.world_size)
+    last = functools.partial(last_whole_checkpoint, args.output_dir)
     with run_folder(args.output_dir, args.resume_from_checkpoint, last, args.overwrite_output_dir) as checkpoint:
         yield args.output_dir, checkpoint
 

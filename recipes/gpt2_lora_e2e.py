@@ -293,7 +293,7 @@ def run(config: E2EArguments, args: RecipeArguments) -> dict[str, Any]:
     if config.record:
         check_writable("record", Path(config.record).parent)
     check_model(config.model)
-    last = functools.partial(last_whole_checkpoint, args.output_dir, args.world_size)
+    last = functools.partial(last_whole_checkpoint, args.output_dir)
     with run_folder(args.output_dir, args.resume_from_checkpoint, last, args.overwrite_output_dir) as checkpoint:
         return _run(config, args, checkpoint)
 

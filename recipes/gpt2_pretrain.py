@@ -373,7 +373,7 @@ def pretrain(config: str | Path | Mapping[str, Any] | Sequence[str]) -> Path:
         UserError: bad input; the message names the option, the rule and the remedy.
     """
     corpus, options, args = read_config(config)
-    last = functools.partial(last_whole_checkpoint, args.output_dir, args.world_size)
+    last = functools.partial(last_whole_checkpoint, args.output_dir)
     with run_folder(args.output_dir, args.resume_from_checkpoint, last, args.overwrite_output_dir) as checkpoint:
         return _pretrain(corpus, options, args, checkpoint)
 

@@ -185,6 +185,7 @@ def snippets(page: Path) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing(_[a-z]+)?` is deprecated:FutureWarning")
+@pytest.mark.usefixtures("registered")
 def test_the_snippets_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order, each with what the earlier ones have made; every optimizer that they make is ours."""
     pytest.importorskip("trl")

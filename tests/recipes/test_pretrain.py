@@ -14,6 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_sai.state import scale_shapes
 from recipes import gpt2_pretrain
 from recipes.common import UserError
 from recipes.gpt2_pretrain import PretrainTrainer, pretrain, read_config
@@ -102,9 +103,12 @@ def test_result_is_a_model_with_its_tokenizer_and_a_record(config):
     assert record["speed"]["steps_timed"] == 10
     assert 0 < record["speed"]["optimizer_share"] < 1
     assert 0 < record["speed"]["model_flops_utilisation"] < 1
-    # momentum of each parameter in float32, gsnr and scale of each block; the head shares the embedding
-    blocks = len(list(model.parameters()))
-    assert record["optimizer_state_bytes"] == 4 * sum(p.numel() for p in model.parameters()) + 8 * blocks
+    # Momentum and scales in float32; g-SNR and the count of each block. The head shares the embedding.
+    numbers = 0
+    for name, p in model.named_parameters():
+        group = {"scaling": "adamw", "token_rows": "wte" in name or "wpe" in name}
+        numbers += p.numel() + sum(shape.numel() for shape in scale_shapes(p.shape, group).values())
+    assert record["optimizer_state_bytes"] == 4 * numbers + 12 * len(list(model.parameters()))
     assert str(Path(config["output_dir"]).parent) not in json.dumps(record)
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert losses(record)[-1] < losses(record)[0] - 0.1
