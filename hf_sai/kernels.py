@@ -77,11 +77,10 @@ def _update_stacked(blocks: Blocks, hyper: Hyper) -> None:
     if blocks.column_factor is not None:
         scale = scale * blocks.column_factor.to(scale.dtype)
     if len(blocks.grads) > 1:
-        update = _limit(torch.stack(list(blocks.grads)).mul_(scale), hyper)
+        scratch = _limit(torch.stack(list(blocks.grads)).mul_(scale), hyper)
     else:
-        update = _scaled(blocks.grads[0].unsqueeze(0), scale, hyper)
-    if blocks.momentum is not None:
-        update = blocks.momentum.lerp_(update, hyper.weight)
+        scratch = _scaled(blocks.grads[0].unsqueeze(0), scale, hyper)
+    update = scratch if blocks.momentum is None else blocks.momentum.lerp_(scratch, hyper.weight)
     params = list(blocks.params)
     if isinstance(hyper.lr, Tensor) and not params[0].is_cpu:
         lr = hyper.lr.to(params[0].device)
@@ -91,7 +90,8 @@ def _update_stacked(blocks: Blocks, hyper: Hyper) -> None:
         torch._foreach_add_(params, list(update.unbind()), alpha=-float(hyper.lr))
     else:
         # (1 - decay) * p - lr * m in one pass, as p + decay * (-m / weight_decay - p).
-        torch._foreach_lerp_(params, list((update * (-1 / hyper.weight_decay)).unbind()), decay)
+        target = torch.mul(update, -1 / hyper.weight_decay, out=scratch)
+        torch._foreach_lerp_(params, list(target.unbind()), decay)
 
 
 def _update_in_pieces(blocks: Blocks, hyper: Hyper) -> None:
