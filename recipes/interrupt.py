@@ -79,7 +79,7 @@ def guarded(main: Callable[[], Any]) -> Any:
     """Call `main`; an interrupt ends the process with one line and exit status 130."""
     if threading.current_thread() is not threading.main_thread():
         return main()
-    owner, signalled, done = os.getpid(), threading.Event(), threading.Event()
+    owner, signalled, done, seconds = os.getpid(), threading.Event(), threading.Event(), _SECONDS
     _hints.clear()
     if _said.locked():
         _said.release()
@@ -95,7 +95,7 @@ def guarded(main: Callable[[], Any]) -> Any:
 
     def watch() -> None:
         while byte := os.read(reads, 1):
-            if byte[0] == signal.SIGINT and not done.wait(_SECONDS):
+            if byte[0] == signal.SIGINT and not done.wait(seconds):
                 _say()
                 for child in multiprocessing.active_children():
                     child.kill()
