@@ -67,6 +67,8 @@ def scale_of_block(scale: Tensor) -> Tensor:
     Where the scales are sharded, all processes must call this: it gathers them.
     """
     whole: Tensor = scale.full_tensor() if is_dtensor(scale) else scale  # type: ignore[attr-defined]
+    if whole.numel() == 1:
+        return whole.reshape(())
     mean = torch.where(whole > 0, whole, torch.inf).pow(-2).mean()
     return torch.where(mean > 0, mean.rsqrt(), torch.zeros_like(mean))
 

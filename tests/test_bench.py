@@ -16,10 +16,11 @@ from hf_sai.bench import rivals
 from hf_sai.bench.measure import Row, bench, copy_bandwidth
 from hf_sai.bench.paper import TABLES_1_AND_3
 from hf_sai.bench.report import chart, table, write_json
-from hf_sai.bench.rivals import RIVALS, Rival
+from hf_sai.bench.rivals import RIVALS, Rival, _is_embedding
 from hf_sai.bench.shapes import MODELS, Model, model
 from hf_sai.bench.state_bytes import optimizer_state_bytes
 from hf_sai.cli import main
+from hf_sai.state import scale_shapes
 
 SMALL = Model("small", [("wte.weight", (30, 8)), ("h.0.mlp.weight", (8, 8)), ("h.0.mlp.bias", (8,))], 8, 1)
 NUMEL = 30 * 8 + 64 + 8
@@ -62,15 +63,25 @@ def test_lora_is_200_small_tensors() -> None:
     assert len({n for n, _ in model("lora").shapes}) == 200
 
 
+def bytes_beside_momentum(shapes: Any) -> int:
+    """Scales in float32, g-SNR in float32 and the count in int64 of each block."""
+    numbers = 0
+    for name, shape in shapes:
+        group = {"scaling": "adamw", "token_rows": _is_embedding(name)}
+        numbers += sum(size.numel() for size in scale_shapes(torch.Size(shape), group).values())
+    return 4 * numbers + 12 * len(shapes)
+
+
 def test_figures_of_a_row_add_up() -> None:
     result = bench("small", SMALL, optimizers=[*OURS, "sgd_fused", "adamw_fused"], steps=3)
     rows = {row.optimizer: row for row in result.rows}
     assert all(row.error is None and row.steps == 3 for row in rows.values())
     assert (result.parameters, result.tensors, result.in_turn) == (NUMEL, 3, True)
-    # Momentum, and gsnr and scale of 3 blocks; a counter where rounding is stochastic, a scale for 128 codes.
-    assert rows["sgd_sai"].state_bytes == 4 * NUMEL + 3 * 8
-    assert rows["sgd_sai_bf16"].state_bytes == 2 * NUMEL + 3 * 8
-    assert rows["sgd_sai_int8"].state_bytes == NUMEL + 3 * 16 + 4 * (2 + 1 + 1)
+    # Momentum and the rest; a counter where rounding is stochastic, a scale for 128 codes.
+    beside = bytes_beside_momentum(SMALL.shapes)
+    assert rows["sgd_sai"].state_bytes == 4 * NUMEL + beside
+    assert rows["sgd_sai_bf16"].state_bytes == 2 * NUMEL + beside
+    assert rows["sgd_sai_int8"].state_bytes == NUMEL + beside + 3 * 8 + 4 * (2 + 1 + 1)
     assert rows["sgd_fused"].state_bytes == 4 * NUMEL
     for row in rows.values():
         assert row.moved_bytes == 3 * 4 * NUMEL + 2 * row.state_bytes
@@ -179,7 +190,8 @@ def test_state_bytes_are_those_of_the_tensors() -> None:
     adamw.step()
     ours.step()
     assert optimizer_state_bytes(adamw) == 2 * 66 * 4 + 2 * 4  # two moments; a step counter a parameter
-    assert optimizer_state_bytes(ours) == 66 * 4 + 2 * 2 * 4  # momentum; gsnr and scale a parameter
+    shapes = [(name, p.shape) for name, p in model.named_parameters()]
+    assert optimizer_state_bytes(ours) == 66 * 4 + bytes_beside_momentum(shapes)
 
 
 def test_state_bytes_find_nested_shared_and_wrapped_tensors() -> None:
@@ -211,7 +223,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*arguments, "--json", str(tmp_path / "r.json")]) == 0
     out, err = capsys.readouterr()
     assert "LoRA, 200 tensors: 6,553,600 parameters" in out
-    assert re.search(r"  SGD-SaI \(hf_sai\): first step [\d.]+ ms, then about [\d.]+ ms, state 0\.026 GB\n", err)
+    assert re.search(r"  SGD-SaI \(hf_sai\): first step [\d.]+ ms, then about [\d.]+ ms, state 0\.0\d\d GB\n", err)
     assert json.loads((tmp_path / "r.json").read_text())["versions"]["torch"] == torch.__version__
     assert main(["bench", "--model", "gpt5"]) == 1
     assert "error: model must be one of" in capsys.readouterr().err

@@ -28,7 +28,7 @@ def step(model: nn.Module, optimizer: Any, x: torch.Tensor) -> None:
 
 def test_table_before_and_after_the_first_step() -> None:
     model = two_layers()
-    optimizer = SGDSaI(list(model.parameters())[::-1], lr=1e-2)
+    optimizer = SGDSaI(list(model.parameters())[::-1], lr=1e-2, scaling="raw")
     assert gsnr_table(optimizer, model) == [
         ("0.weight", (3, 4), 12, 0.0, 0.0, False),
         ("0.bias", (3,), 3, 0.0, 0.0, False),
@@ -103,7 +103,7 @@ def test_callback_tells_every_reporter_once(
 ) -> None:
     reporter = Reporter()
     callbacks = [reporter, GSNRCallback()] if first else [GSNRCallback(), reporter]
-    trainer = trained(tmp_path, token_dataset, make_gpt2(), callbacks)
+    trainer = trained(tmp_path, token_dataset, make_gpt2(), callbacks, optim_args="scaling=raw")
     rows = gsnr_table(trainer.optimizer, trainer.model)
     wanted = {f"gsnr/{row.name}": row.gsnr for row in rows} | {f"scale/{row.name}": row.scale for row in rows}
     told = [(step, logs) for step, logs in reporter.sent if any(key.startswith("gsnr/") for key in logs)]

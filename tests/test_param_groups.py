@@ -220,6 +220,6 @@ def test_messages_under_a_trainer_name_parameters(cls: type[Trainer], tmp_path: 
     args = TrainingArguments(str(tmp_path), optim="sgd_sai", learning_rate=1e-2, **QUIET)
     optimizer = cls(model, args).create_optimizer()
     saved = optimizer.state_dict()
-    saved["state"] = {0: {}}
+    saved["state"] = {0: {"gsnr": torch.zeros(())}}
     with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj\.weight"):
         optimizer.load_state_dict(saved)

@@ -65,9 +65,10 @@ def check_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 def test_sft(peft_config: Any, make_gpt2: Callable[..., Any], tokenizer: Any, texts: Any, tmp_path: Path) -> None:
     def trainer(settings: dict[str, Any], **kwargs: Any) -> Any:
         args = trl.SFTConfig(str(tmp_path), max_length=32, **COMMON, **settings)
-        kwargs = {key: value(args) for key, value in kwargs.items()}
+        model = make_gpt2()
+        kwargs = {key: value(args, model) for key, value in kwargs.items()}
         return trl.SFTTrainer(
-            make_gpt2(), args, train_dataset=texts, processing_class=tokenizer, peft_config=peft_config, **kwargs
+            model, args, train_dataset=texts, processing_class=tokenizer, peft_config=peft_config, **kwargs
         )
 
     torch.manual_seed(2)
