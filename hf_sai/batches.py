@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from hf_sai.channels import Channels, channel_index, channels, column_channels, matrix_layout
 from hf_sai.kernels import Blocks
-from hf_sai.shards import Segment, is_sharded, to_local
+from hf_sai.shards import Segment, is_sharded, reduction_groups, to_local
 
 # Entries of the state whose tensors the batches hold.
 _HELD = ("momentum_buffer", "momentum_scale", "scale", "column_scale", "rounding_step")
@@ -58,8 +58,8 @@ class Batch:
         momentum: (members, *local shape), None where momentum is 0.
         scale: (members, *local shape of the scales), float32.
         counts: (members,) int64, their ``calibration_step``.
-        column_channels: the columns of a matrix of token rows, which is alone in its batch; None for other blocks.
-        column_scale: (1, *local shape of their scales), float32.
+        column_channels: the columns of matrices; None for other blocks.
+        column_scale: (members, *local shape of their scales), float32.
         column_factor: as ``column_scale``, for the update: relative to the mean over the columns.
     """
 
@@ -81,27 +81,25 @@ class Batch:
             self.columns, self.rows = matrix_layout(to_local(first).shape, layout.dims)
 
     def add_columns(self, layout: Channels, column_scale: Tensor) -> None:
-        """Make the columns of the one block channels, too."""
-        m = self.members[0]
-        split = [s.shape != to_local(s).shape for s in (m.state["scale"], m.state["column_scale"])]
-        if all(split):
-            raise ValueError(
-                f"token_rows=True does not support {m.name}, which is split over processes in both of its dimensions; "
-                "leave it False for this parameter"
-            )
-        self._columns_split = split[1]
+        """Make the columns of the matrices channels, too."""
         self.column_channels, self.column_scale = layout, column_scale
         self.column_factor = torch.zeros_like(column_scale)
         self.refresh_columns()
 
     def refresh_columns(self) -> None:
-        """Make ``column_factor`` from the scales."""
-        if self.column_scale is None or self.column_factor is None:
+        """Make ``column_factor`` from the scales. Processes that hold other columns take part."""
+        if self.column_scale is None or self.column_factor is None or self.column_channels is None:
             return
-        # The mean of g^2 over the rows is that over the columns; one of them is whole on this process.
-        whole = self.scale if self._columns_split else self.column_scale
-        mean = torch.where(whole > 0, 1.0 / whole, torch.zeros_like(whole)).square().mean()
-        torch.mul(self.column_scale, mean.sqrt(), out=self.column_factor)
+        scale, first = self.column_scale, self.members[0]
+        squares = torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale)).square()
+        total = squares.reshape(len(self.members), -1).sum(1)
+        if not isinstance(first.param, Segment):  # of a segment every process holds all columns
+            for group, (_, device) in reduction_groups([first.param], [(1,)]).items():
+                own = total.to(device)
+                torch.distributed.all_reduce(own, group=group)
+                total = own.to(total.device)
+        mean = total / self.column_channels.shape.numel()
+        torch.mul(scale, mean.sqrt().view(-1, *[1] * (scale.dim() - 1)), out=self.column_factor)
 
     def is_early(self, window: int) -> bool:
         """Whether a block has had fewer usable gradients than ``window``."""
@@ -127,7 +125,11 @@ class Batch:
 
     def _single(self, i: int) -> "Batch":
         momentum = None if self.momentum is None else self.momentum[i : i + 1]
-        return Batch([self.members[i]], self.channels, momentum, self.scale[i : i + 1], self.counts[i : i + 1])
+        single = Batch([self.members[i]], self.channels, momentum, self.scale[i : i + 1], self.counts[i : i + 1])
+        if self.column_scale is not None and self.column_factor is not None:
+            single.column_channels = self.column_channels
+            single.column_scale, single.column_factor = self.column_scale[i : i + 1], self.column_factor[i : i + 1]
+        return single
 
     def blocks(self, grads: Sequence[Tensor]) -> Blocks:
         """What an update path takes, for local gradients of all members."""
@@ -263,23 +265,28 @@ def _stacks(m: Member) -> bool:
     if isinstance(p, Segment) or type(p) not in (Parameter, Tensor) or not p.is_cpu or p.numel() > _SMALL:
         return False
     buffer = m.state.get("momentum_buffer")
-    return not {"rounding_step", "column_scale"} & m.state.keys() and (buffer is None or buffer.dtype != torch.int8)
+    return "rounding_step" not in m.state and (buffer is None or buffer.dtype != torch.int8)
 
 
 def _batch(same: list[Member], group: dict[str, Any]) -> Batch:
-    layout = channels(same[0].param.shape, group["scaling"], group["token_rows"])
-    buffers = [to_local(m.state["momentum_buffer"]) for m in same if "momentum_buffer" in m.state]
-    scales, counts = [to_local(m.state["scale"]) for m in same], [m.state["calibration_step"] for m in same]
-    if len(same) == 1:
-        momentum = buffers[0].unsqueeze(0) if buffers else None
-        batch = Batch(same, layout, momentum, scales[0].unsqueeze(0), counts[0].unsqueeze(0))
-        columns = column_channels(same[0].param.shape, group["scaling"], group["token_rows"])
-        if columns is not None:
-            batch.add_columns(columns, to_local(same[0].state["column_scale"]).unsqueeze(0))
-        return batch
-    momentum, scale, count = torch.stack(buffers) if buffers else None, torch.stack(scales), torch.stack(counts)
+    shape = same[0].param.shape
+    layout, columns = channels(shape, group["scaling"]), column_channels(shape, group["scaling"])
+    together = {key: _together(same, key) for key in ("momentum_buffer", "scale", "column_scale", "calibration_step")}
+    scale, counts = together["scale"], together["calibration_step"]
+    assert scale is not None
+    assert counts is not None
+    batch = Batch(same, layout, together["momentum_buffer"], scale, counts)
+    if columns is not None and (column_scale := together["column_scale"]) is not None:
+        batch.add_columns(columns, column_scale)
+    return batch
+
+
+def _together(same: list[Member], key: str) -> Tensor | None:
+    """An entry of the states of some blocks as one tensor, of which theirs are views then."""
+    own = [to_local(m.state[key]) for m in same if key in m.state]
+    if len(own) < 2:
+        return own[0].unsqueeze(0) if own else None
+    stacked = torch.stack(own)
     for i, m in enumerate(same):
-        m.state["scale"], m.state["calibration_step"] = scale[i], count[i]
-        if momentum is not None:
-            m.state["momentum_buffer"] = momentum[i]
-    return Batch(same, layout, momentum, scale, count)
+        m.state[key] = stacked[i]
+    return stacked

@@ -1,9 +1,9 @@
 """What a channel is: the part of a block that has a scale of its own under ``scaling="adamw"``.
 
-A channel is an index of the longer dimension of a matrix. A convolution is the matrix (outputs, inputs x kernel). A
-tensor of three dimensions whose last two are both at least 16 is a stack of matrices (the experts of a mixture). A
-vector or a scalar is one channel. In a group of token rows (embeddings and heads) each row of a matrix is a channel,
-and so is each column: the scale of an element is made from both.
+The rows of a matrix are channels, and so are its columns: the scale of an element is made from both. A convolution is
+the matrix (outputs, inputs x kernel), a tensor of three dimensions whose last two are both at least 16 is a stack of
+matrices (the experts of a mixture); in these the indices of the longer dimension of a matrix are channels. A vector or
+a scalar is one channel.
 
 Scales have the shape of the block with the dimensions of a channel reduced to 1, so that they broadcast against it and
 are split over processes as it is.
@@ -31,22 +31,22 @@ class Channels(NamedTuple):
     size: int
 
 
-def channels(shape: torch.Size, scaling: str = "adamw", token_rows: bool = False) -> Channels:
-    """The channels of a block; under the paper's scalings the whole block is one."""
+def channels(shape: torch.Size, scaling: str = "adamw") -> Channels:
+    """The channels of a block, of a matrix its rows; under the paper's scalings the whole block is one."""
     dims = len(shape)
     if scaling != "adamw" or dims < 2:
         return Channels(torch.Size([1] * dims), tuple(range(dims)), shape.numel())
     stacked = dims == 3 and min(shape[1:]) >= _SMALLEST_STACKED
     first = 1 if stacked else 0
     rows, columns = shape[first], shape[first + 1 :].numel()
-    reduced = tuple(range(first + 1, dims)) if token_rows or rows >= columns else (first,)
+    reduced = tuple(range(first + 1, dims)) if dims == 2 or rows >= columns else (first,)
     scales = torch.Size([1 if d in reduced else n for d, n in enumerate(shape)])
     return Channels(scales, reduced, shape.numel() // max(1, scales.numel()))
 
 
-def column_channels(shape: torch.Size, scaling: str = "adamw", token_rows: bool = False) -> Channels | None:
-    """The columns of a matrix of token rows, None for any other block."""
-    if scaling != "adamw" or not token_rows or len(shape) != 2:
+def column_channels(shape: torch.Size, scaling: str = "adamw") -> Channels | None:
+    """The columns of a matrix, None for any other block."""
+    if scaling != "adamw" or len(shape) != 2:
         return None
     return Channels(torch.Size([1, shape[1]]), (0,), shape[0])
 

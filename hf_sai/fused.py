@@ -120,7 +120,8 @@ class FusedBlocks:
 def _rows(b: Blocks) -> Iterator[tuple[int, ...]]:
     """The rows of the table for some blocks, without the gradient's address; see ``update_kernel``."""
     momenta = [None] * len(b.params) if b.momentum is None else b.momentum.unbind()
-    for p, m, s in zip(b.params, momenta, b.scale.unbind(), strict=True):
+    factors = [None] * len(b.params) if b.column_factor is None else b.column_factor.unbind()
+    for p, m, s, factor in zip(b.params, momenta, b.scale.unbind(), factors, strict=True):
         yield (
             p.data_ptr(),
             0 if m is None else m.data_ptr(),
@@ -131,7 +132,7 @@ def _rows(b: Blocks) -> Iterator[tuple[int, ...]]:
             b.seed,
             b.columns,
             _kind(b, p, s),
-            0 if b.column_factor is None else b.column_factor.data_ptr(),
+            0 if factor is None else factor.data_ptr(),
         )
 
 

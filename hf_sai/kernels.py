@@ -43,8 +43,7 @@ class Blocks(NamedTuple):
         momentum_scale: float32, with an int8 momentum only; such blocks are alone.
         counter: updates so far, 0-dim int64; None where nothing is rounded stochastically; such blocks are alone.
         seed: distinguishes the random bits of blocks.
-        column_factor: (1, 1, columns), float32: what elements of a column are multiplied by besides; such blocks are
-            alone.
+        column_factor: (blocks, 1, columns), float32: what elements of a column are multiplied by besides; for matrices.
     """
 
     params: Sequence[Tensor]
@@ -74,12 +73,10 @@ def update_plain(many: Sequence[Blocks], hyper: Hyper) -> None:
 def _update_stacked(blocks: Blocks, hyper: Hyper) -> None:
     """Small blocks in their own dtype: a few operations for all of them."""
     scale = blocks.scale.to(blocks.params[0].dtype)
+    scratch = torch.stack(list(blocks.grads)).mul_(scale) if len(blocks.grads) > 1 else blocks.grads[0][None] * scale
     if blocks.column_factor is not None:
-        scale = scale * blocks.column_factor.to(scale.dtype)
-    if len(blocks.grads) > 1:
-        scratch = _limit(torch.stack(list(blocks.grads)).mul_(scale), hyper)
-    else:
-        scratch = _scaled(blocks.grads[0].unsqueeze(0), scale, hyper)
+        scratch.mul_(blocks.column_factor.to(scale.dtype))
+    _limit(scratch, hyper)
     update = scratch if blocks.momentum is None else blocks.momentum.lerp_(scratch, hyper.weight)
     params = list(blocks.params)
     if isinstance(hyper.lr, Tensor) and not params[0].is_cpu:
@@ -169,10 +166,10 @@ def update_foreach(many: Sequence[Blocks], hyper: Hyper) -> None:
         momenta = [m for b in batch if b.momentum is not None for m in b.momentum.unbind()]
         scales = [s.to(p.dtype) for b in batch for p, s in zip(b.params, b.scale.unbind(), strict=True)]
         update = list(torch._foreach_mul([g for b in batch for g in b.grads], scales))
-        factors = [b.column_factor for b in batch for _ in b.params]
-        for u, factor in zip(update, factors, strict=True):
-            if factor is not None:
-                u.mul_(factor[0].to(u.dtype))
+        factors = [f for b in batch for f in ([None] * len(b.params) if b.column_factor is None else b.column_factor)]
+        having = [(u, f.to(u.dtype)) for u, f in zip(update, factors, strict=True) if f is not None]
+        if having:
+            torch._foreach_mul_([u for u, _ in having], [f for _, f in having])
         if hyper.maximize:
             torch._foreach_neg_(update)
         if hyper.limit is not None:
@@ -241,7 +238,7 @@ def _pieces(
         m = None if blocks.momentum is None else blocks.momentum[k]
         s, codes = blocks.scale[k], blocks.momentum_scale
         if blocks.column_factor is not None:
-            s = s * blocks.column_factor[0]
+            s = s * blocks.column_factor[k]
         tensors = [p, g] if m is None else [p, g, m]
         if p.dim() != 2 or not all(x.is_contiguous() for x in tensors):
             bits = None if key is None else random_bits(key, 0, p.numel()).view(p.shape)

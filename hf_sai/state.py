@@ -3,7 +3,7 @@
 - ``momentum_buffer``: the parameter's shape; absent when momentum is 0.
 - ``gsnr``: 0-dim float32; 0 until the block is calibrated.
 - ``scale``: float32, the block's shape with the dimensions of a channel reduced to 1 (see :mod:`hf_sai.channels`).
-- ``column_scale``: float32, (1, columns); of matrices of token rows only.
+- ``column_scale``: float32, (1, columns); of matrices only.
 - ``calibration_step``: 0-dim int64 on the CPU; the usable gradients that the scale was made from, capped.
 - ``momentum_scale``: one dimension, float32; with int8 momentum only.
 - ``rounding_step``: 0-dim int64; updates so far, where something is rounded stochastically.
@@ -86,20 +86,20 @@ def allocate(
 def scale_shapes(
     shape: torch.Size, group: Mapping[str, Any], blocks: Sequence[torch.Size] | None = None
 ) -> dict[str, torch.Size]:
-    """The shapes of ``scale`` and, for a matrix of token rows, ``column_scale``.
+    """The shapes of ``scale`` and, for a matrix, ``column_scale``.
 
     Args:
         shape: of the parameter.
         group: its param group.
         blocks: for a partition of DeepSpeed's, the shapes of the blocks in it.
     """
-    options = group["scaling"], group["token_rows"]
+    scaling = group["scaling"]
     if blocks is None:
-        columns = column_channels(shape, *options)
-        shapes = {"scale": channels(shape, *options).shape}
+        columns = column_channels(shape, scaling)
+        shapes = {"scale": channels(shape, scaling).shape}
         return shapes if columns is None else {**shapes, "column_scale": columns.shape}
-    shapes = {"scale": torch.Size([sum(channels(b, *options).shape.numel() for b in blocks)])}
-    of_columns = [found.shape.numel() for b in blocks if (found := column_channels(b, *options)) is not None]
+    shapes = {"scale": torch.Size([sum(channels(b, scaling).shape.numel() for b in blocks)])}
+    of_columns = [found.shape.numel() for b in blocks if (found := column_channels(b, scaling)) is not None]
     return {**shapes, "column_scale": torch.Size([sum(of_columns)])} if of_columns else shapes
 
 
