@@ -35,11 +35,11 @@ def make_blocks(
     device: str = "cpu",
     *,
     count: int = 1,
-    token_rows: bool = False,
+    factors: bool = True,
 ) -> list[Blocks]:
     """For each shape ``count`` blocks that are updated together, each channel with a scale of its own.
 
-    With ``token_rows`` the columns of a matrix have factors, too.
+    With ``factors`` the columns of a matrix have some, too.
     """
     generator = torch.Generator().manual_seed(0)
     made = []
@@ -49,11 +49,11 @@ def make_blocks(
         if m_dtype == torch.int8:
             m = torch.randint(-LEVELS, LEVELS + 1, (count, *shape), generator=generator)
             codes = (torch.rand(scale_count(p.numel()), generator=generator) / LEVELS).to(device)
-        layout = channels(torch.Size(shape), "adamw", token_rows)
+        layout = channels(torch.Size(shape))
         scale = 0.5 + 1.5 * torch.rand(count, *layout.shape, generator=generator)
         factor = None
-        if token_rows and len(shape) == 2 and count == 1:  # such a matrix is alone
-            factor = (0.5 + torch.rand(1, 1, shape[1], generator=generator)).to(device)
+        if factors and len(shape) == 2:
+            factor = (0.5 + torch.rand(count, 1, shape[1], generator=generator)).to(device)
         counter = torch.tensor(3 + seed, device=device) if stochastic_rounding or m_dtype == torch.int8 else None
         made.append(
             Blocks(

@@ -4,6 +4,12 @@ import torch
 from torch import Tensor
 
 
+def scale_of_elements(state: dict[str, Tensor]) -> Tensor:
+    """What each element of a block's gradient is multiplied by, in float64; broadcasts against the block."""
+    scale, columns = state["scale"].double(), state.get("column_scale")
+    return scale if columns is None else scale * columns.double() * columns.double().pow(-2).mean().sqrt()
+
+
 class Reference:
     """``SGDSaI(scaling="adamw")`` for one tensor; ``token_rows`` as in a param group."""
 

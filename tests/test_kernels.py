@@ -44,7 +44,7 @@ def assert_rounded_once(found: Tensor, value: Tensor, size: Tensor, wide: torch.
 @pytest.mark.parametrize("path", [update_plain, update_foreach])
 @pytest.mark.parametrize(("p_dtype", "g_dtype", "m_dtype"), [*COMBINATIONS, (torch.float64,) * 3])
 def test_the_formula_in_every_dtype(path: Any, p_dtype: Any, g_dtype: Any, m_dtype: Any, token_rows: bool) -> None:
-    many = make_blocks(SHAPES, p_dtype, g_dtype, m_dtype, token_rows=token_rows)
+    many = make_blocks(SHAPES, p_dtype, g_dtype, m_dtype, factors=token_rows)
     before = copied(many)
     path(many, HYPER)
     assert_exact(many, before, HYPER)
@@ -55,7 +55,7 @@ def test_the_formula_in_every_dtype(path: Any, p_dtype: Any, g_dtype: Any, m_dty
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_every_option(path: Any, variant: dict[str, Any], count: int, token_rows: bool) -> None:
     hyper = HYPER._replace(**variant)
-    many = make_blocks(count=count, token_rows=token_rows)
+    many = make_blocks(count=count, factors=token_rows)
     before = copied(many)
     path(many, hyper)
     assert_exact(many, before, hyper)
@@ -71,7 +71,7 @@ def test_a_large_block_on_the_cpu_is_updated_piece_by_piece(
     shape: tuple[int, ...], weight_decay: float, token_rows: bool
 ) -> None:
     hyper = HYPER._replace(weight_decay=weight_decay)
-    many = make_blocks([shape], token_rows=token_rows)
+    many = make_blocks([shape], factors=token_rows)
     before = copied(many)
     update_plain(many, hyper)
     assert_exact(many, before, hyper)

@@ -127,10 +127,11 @@ def test_the_first_update_of_each_channel_has_the_size_of_adamws(foreach: bool) 
     run(SGDSaI(ours, lr=1e-3, weight_decay=0.0, foreach=foreach), ours, gradients)
     run(torch.optim.AdamW(theirs, lr=1e-3, weight_decay=0.0, eps=0.0), theirs, gradients)
     for p, q, start in zip(ours, theirs, before, strict=True):
-        over = channels(p.shape).dims
+        over = tuple(range(p.dim())) if p.dim() == 2 else channels(p.shape).dims
         sizes = [(x.double() - start).square().mean(over).sqrt() for x in (p, q)]
-        # A weight of size 4 is rounded to 2^-22 after a step of 1e-3.
-        torch.testing.assert_close(*sizes, rtol=1e-3, atol=0)
+        # A weight of size 4 is rounded to 2^-22 after a step of 1e-3. The scale of a matrix's element is made from its
+        # row and its column, whose sizes differ by chance.
+        torch.testing.assert_close(*sizes, rtol=0.25 if p.dim() == 2 else 1e-3, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -81,7 +81,7 @@ def test_every_size(size: int, m_dtype: torch.dtype) -> None:
 )
 def test_the_channel_of_every_element(shape: tuple[int, ...], m_dtype: torch.dtype, token_rows: bool) -> None:
     """Rows and columns that begin anywhere in a piece or a tile, in one matrix and in several."""
-    both(make_blocks([shape], m_dtype=m_dtype, token_rows=token_rows))
+    both(make_blocks([shape], m_dtype=m_dtype, factors=token_rows))
 
 
 @interpreted

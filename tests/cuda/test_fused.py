@@ -70,7 +70,7 @@ def test_every_dtype_and_shape(
     "shape", [(1, 1), (3, 1), (1, 3), (130, 130), (3, 9000), (9000, 3), (2, 100, 90), (2, 90, 100), (17, 5, 7, 3)]
 )
 def test_the_channel_of_every_element(shape: tuple[int, ...], m_dtype: torch.dtype, token_rows: bool) -> None:
-    both(make_blocks([shape], m_dtype=m_dtype, device="cuda", token_rows=token_rows))
+    both(make_blocks([shape], m_dtype=m_dtype, device="cuda", factors=token_rows))
 
 
 @pytest.mark.parametrize("options", [{"weight": 1.0}, {"limit": None}, {"lr": 0.0}, {"weight_decay": 0.0}], ids=str)

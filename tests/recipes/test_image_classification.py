@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForImageClassification
 
-from hf_sai.channels import channels
+from hf_sai.state import scale_shapes
 from recipes import classifier, common, image_classification, lstm_text
 from recipes.classifier import ClassifierArguments, ClassifierTrainer, read_config
 from recipes.common import UserError
@@ -123,7 +123,8 @@ def test_learns_what_can_be_separated_and_reports_it_truly(config, tmp_path):
         loss = cross_entropy(model(batch["pixel_values"]).logits, batch["labels"]).item()
     assert record["final"]["eval_loss"] == pytest.approx(loss, rel=1e-5)  # float32, summed in another order
     blocks = list(model.parameters())
-    scales = sum(channels(p.shape).shape.numel() for p in blocks)
+    group = {"scaling": "adamw", "token_rows": False}
+    scales = sum(shape.numel() for p in blocks for shape in scale_shapes(p.shape, group).values())
     # Momentum and scales in float32; g-SNR and the count of each block.
     assert record["optimizer_state_bytes"] == 4 * (sum(p.numel() for p in blocks) + scales) + 12 * len(blocks)
 
