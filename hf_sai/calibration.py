@@ -5,9 +5,9 @@ scalings is all that its scale needs. Under ``scaling="adamw"`` the scale of a c
 ``v`` is the mean of the channel's ``g^2`` over its first ``WINDOW`` usable gradients, and over those so far within that
 window. Afterwards ``v`` follows slowly: every ``INTERVAL`` steps a gradient counts as one of ``WINDOW``.
 
-In a matrix of token rows both its rows and its columns are channels. The scale of an element is that of its row times
-that of its column, relative to the mean over the columns. A row without a gradient counts as a zero, because how often
-a token occurs is what its scale has to make up for.
+The rows and the columns of a matrix are channels. The scale of an element is that of its row times that of its column,
+relative to the mean over the columns. A channel without a gradient keeps its ``v``, but in a matrix of token rows it
+counts as a zero, because how often a token occurs is what its scale has to make up for.
 
 Nothing here depends on the learning rate, nor, but for ``scaling="max"``, on other blocks.
 """

@@ -23,18 +23,18 @@ except ImportError:  # a private name
 
 
 class SGDSaI(Optimizer):
-    r"""SGD with momentum whose learning rate is scaled per channel from the first gradients, in AdamW's units.
+    r"""SGD with momentum whose learning rate is scaled by rows and columns from the first gradients, in AdamW's units.
 
-    For each channel (an index of the longer dimension of a matrix; see :mod:`hf_sai.channels`) with gradient g
+    For an element with gradient g, in channels (a row and a column of a matrix; see :mod:`hf_sai.channels`)
 
     .. math::
         u &= \operatorname{clamp}(s\,g, -30, 30), \quad s = 1 / (\sqrt{v} + \text{eps}) \\
         m &\leftarrow m + w\,(u - m), \quad w = (1 - \mu) / (1 - \mu^t) \\
         \theta &\leftarrow (1 - \text{lr}\,\lambda)\,\theta - \text{lr}\,m
 
-    where v is the mean of g^2 over the channel and over its first 60 usable gradients (finite and not all zero). After
-    them v follows slowly, one gradient in ten. In groups with ``token_rows=True`` both the rows and the columns of a
-    matrix are channels; :func:`hf_sai.param_groups` makes these groups.
+    where v is the mean of g^2 over the row and over its first 60 usable gradients (finite and not all zero), times that
+    of the column relative to the mean over the columns. After them v follows slowly, one gradient in ten. In groups
+    with ``token_rows=True`` zeros count; :func:`hf_sai.param_groups` makes these groups.
 
     ``scaling="raw"`` and ``"max"`` are the method of the paper (arXiv 2412.11768, Algorithm 1) in the paper's units:
     one scale for each parameter, gsnr = ||g|| / (std(g) + eps) of its first usable gradient, for ``"max"`` divided by
@@ -68,7 +68,7 @@ class SGDSaI(Optimizer):
         >>> optimizer = SGDSaI(model.parameters(), lr=1e-3)
         >>> model(torch.ones(3, 4)).square().mean().backward()
         >>> optimizer.step()
-        >>> optimizer.state[model.weight]["scale"].shape  # a scale for each of the 4 inputs
+        >>> optimizer.state[model.weight]["column_scale"].shape  # a scale for each of the 4 inputs
         torch.Size([1, 4])
     """
 

@@ -35,8 +35,8 @@ def test_one_command_ends_with_a_table_sentences_and_plots(
     assert set(results) == {"SGD-SaI", "AdamW"}
     # LoRA of rank 4 on two c_attn of width 128: 4 * (128 + 384) numbers each
     ours, theirs = (float(results[name]["optimizer state MB"]) for name in ("SGD-SaI", "AdamW"))
-    # Momentum, a scale for each index of the longer dimension, and two numbers for each of four matrices.
-    assert ours == pytest.approx((2 * 4 * 512 * 4 + 2 * 512 * 4 + 4 * 12) / 1e6, abs=6e-4)
+    # Momentum, a scale for each row and column, and two numbers for each of four matrices.
+    assert ours == pytest.approx((2 * 4 * 512 * 4 + 2 * (512 + 8) * 4 + 4 * 12) / 1e6, abs=6e-4)
     assert theirs == pytest.approx(2 * 2 * 4 * 512 * 4 / 1e6, abs=6e-4)
     assert text.count("- reference: ") == demo.SHOWN
     assert text.count("- SGD-SaI: ") == text.count("- AdamW: ") == demo.SHOWN

@@ -127,7 +127,7 @@ def test_a_run_leaves_an_adapter_that_gives_the_recorded_loss(folders: tuple[Pat
     lora = sum(tensor.numel() for tensor in weights.values())
     assert record["trainable_parameters"] == lora
     # Momentum and scales in float32; g-SNR and the count of each block.
-    scales = sum(max(w.shape) for w in weights.values())
+    scales = sum(sum(w.shape) for w in weights.values())
     assert record["optimizer_state_bytes"] == 4 * (lora + scales) + len(weights) * 12
     assert (record["steps"], record["test_mrs"], record["processes"]) == (4, 10, 1)
     assert record["time"]["steps_timed"] == 2
