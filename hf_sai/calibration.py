@@ -236,7 +236,6 @@ def _count(works: Sequence[Work], squares: Sequence[Tensor]) -> None:
                 usable = math.isfinite(total) and total > 0
                 w.kinds[i] = "usable" if usable else "zero" if total == 0 else "nonfinite"
             if usable:
-                m.starts = m.starts or m.count == 0
                 m.count = min(m.count + 1, WINDOW)
         w.batch.store_counts()
 
