@@ -1,12 +1,13 @@
 """Calibrates blocks: decides which gradients make a scale, and logs and warns about it.
 
 A gradient is usable if it is finite and not all zero. The first one of a block gives its g-SNR, which under the paper's
-scalings is all that its scale needs. Under ``scaling="adamw"`` the scale of a channel is ``1 / (sqrt(v) + eps)``, where
-``v`` is the mean of the channel's ``g^2`` over its first ``WINDOW`` usable gradients, and over those so far within that
-window. Afterwards ``v`` follows slowly: every ``INTERVAL`` steps a gradient counts as one of ``WINDOW``.
+scalings is all that its scale needs. Under ``scaling="adamw"`` the scale of a channel is ``1 / (rms + eps)``, where
+``rms`` is the mean, over the first ``WINDOW`` usable gradients, of the root mean square of the channel's elements;
+within that window, over the gradients so far. Afterwards it follows slowly: every ``INTERVAL`` steps a gradient counts
+as one of ``WINDOW``.
 
 The rows and the columns of a matrix are channels. The scale of an element is that of its row times that of its column,
-relative to the mean over the columns. A channel without a gradient keeps its ``v``, but in a matrix of token rows it
+relative to the mean over the columns. A channel without a gradient keeps its ``rms``, but in a matrix of token rows it
 counts as a zero, because how often a token occurs is what its scale has to make up for.
 
 Nothing here depends on the learning rate, nor, but for ``scaling="max"``, on other blocks.
@@ -32,9 +33,11 @@ from hf_sai.update import fused_moments
 WINDOW = 60
 # Steps between measurements after the window.
 INTERVAL = 10
-# What an element of a scaled gradient is bounded by: in units of the root mean square of its channel. Adam bounds its
-# updates by about as much, 1 / sqrt(1 - beta2).
-LIMIT = 30.0
+# What an element of a scaled gradient is bounded by, in units of the root mean square of its channel.
+LIMIT = 2.0
+# The same in a matrix of token rows, where a rare token's gradient is far larger than its mean. Adam bounds its updates
+# by about as much, 1 / sqrt(1 - beta2).
+TOKEN_LIMIT = 30.0
 # Steps after which a block that still has had no usable gradient is named.
 _PATIENCE = 100
 
@@ -257,24 +260,24 @@ def _reduced(measured: Sequence[_Measured]) -> list[_Measured]:
 
 
 def _fold(rows: Sequence[tuple[Tensor, Tensor, float]], eps: float, *, zeros_count: bool) -> None:
-    """Average the mean squares of one more gradient into scales ``1 / (root of the average + eps)``.
+    """Average the root mean squares of one more gradient into scales ``1 / (average + eps)``.
 
     There is no host synchronisation where all weights are equal, as they are after the window.
     """
     scales = [s for s, _, _ in rows]
     old = torch.cat([s.reshape(-1) for s in scales])
-    new = torch.cat([x.reshape(-1).to(old.device, torch.float32) for _, x, _ in rows])
+    new = torch.cat([x.reshape(-1).to(old.device, torch.float32) for _, x, _ in rows]).sqrt_()
     weights = {w for _, _, w in rows}
     weight: float | Tensor = weights.pop()
     if weights:
         weight = torch.cat([torch.full_like(s, w).reshape(-1) for s, _, w in rows])
-    held = (1.0 / old - eps).square_()  # infinite where nothing is known yet
+    held = 1.0 / old - eps  # infinite where nothing is known yet
     average = held + (new - held) * weight
     known = old > 0
     if not zeros_count:
         average = torch.where(new > 0, average, held)
     average = torch.where(known, average, new * weight if zeros_count else new)
-    result = 1.0 / (average.sqrt_() + eps)
+    result = 1.0 / (average + eps)
     keep = new.isfinite() & ((new > 0) | known) if not zeros_count else new.isfinite()
     result = torch.where(keep, result, old)
     parts = torch.split(result, [s.numel() for s in scales])

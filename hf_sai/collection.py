@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_sai.batches import Batch, GroupBatches, Member, State
-from hf_sai.calibration import LIMIT, WINDOW, Work, measures
+from hf_sai.calibration import LIMIT, TOKEN_LIMIT, WINDOW, Work, measures
 from hf_sai.checks import block_name, check_parameters, check_whole_model
 from hf_sai.kernels import Blocks
 from hf_sai.options import Hyper
@@ -225,11 +225,12 @@ def _in_phase(w: Work) -> Sequence[Work]:
 
 def _hyper(group: dict[str, Any], weight: float) -> Hyper:
     """What the update of some blocks needs besides their tensors."""
+    limit = TOKEN_LIMIT if group["token_rows"] else LIMIT
     return Hyper(
         lr=group["lr"] if isinstance(group["lr"], Tensor) else float(group["lr"]),
         weight=weight,
         weight_decay=float(group["weight_decay"]),
-        limit=LIMIT if group["scaling"] == "adamw" else None,
+        limit=limit if group["scaling"] == "adamw" else None,
         maximize=group["maximize"],
         stochastic_rounding=group["stochastic_rounding"],
     )

@@ -28,13 +28,13 @@ class SGDSaI(Optimizer):
     For an element with gradient g, in channels (a row and a column of a matrix; see :mod:`hf_sai.channels`)
 
     .. math::
-        u &= \operatorname{clamp}(s\,g, -30, 30), \quad s = 1 / (\sqrt{v} + \text{eps}) \\
+        u &= \operatorname{clamp}(s\,g, -2, 2), \quad s = 1 / (\text{rms} + \text{eps}) \\
         m &\leftarrow m + w\,(u - m), \quad w = (1 - \mu) / (1 - \mu^t) \\
         \theta &\leftarrow (1 - \text{lr}\,\lambda)\,\theta - \text{lr}\,m
 
-    where v is the mean of g^2 over the row and over its first 60 usable gradients (finite and not all zero), times that
-    of the column relative to the mean over the columns. After them v follows slowly, one gradient in ten. In groups
-    with ``token_rows=True`` zeros count; :func:`hf_sai.param_groups` makes these groups.
+    where rms is the root mean square of the row's gradient, averaged over its first 60 usable gradients (finite and
+    not all zero), times that of the column relative to all columns. After them it follows slowly, one gradient in ten.
+    In groups with ``token_rows=True`` zeros count and the bound is 30; :func:`hf_sai.param_groups` makes these groups.
 
     ``scaling="raw"`` and ``"max"`` are the method of the paper (arXiv 2412.11768, Algorithm 1) in the paper's units:
     one scale for each parameter, gsnr = ||g|| / (std(g) + eps) of its first usable gradient, for ``"max"`` divided by

@@ -58,7 +58,7 @@ def meaning(optim: str, optim_args: Any = None) -> dict[str, Any]:
         if p.default is not p.empty and name not in ("lr", "weight_decay")
     }
     hyper = {name: str(value) for name, value in (defaults | parse_optim_args(optim_args)).items()}
-    rule = {name: getattr(calibration, name) for name in ("WINDOW", "INTERVAL", "LIMIT")}
+    rule = {name: getattr(calibration, name) for name in ("WINDOW", "INTERVAL", "LIMIT", "TOKEN_LIMIT")}
     return {"optim": optim, **hyper, **(rule if hyper["scaling"] == "adamw" else {})}
 
 

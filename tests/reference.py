@@ -18,7 +18,7 @@ class Reference:
         self.token_rows, self.count, self.m = token_rows, 0, torch.zeros_like(self.p)
         matrix = self.p.flatten(1) if p.dim() > 1 else self.p.view(1, -1)
         self.dim = 1 if p.dim() <= 2 or matrix.shape[0] >= matrix.shape[1] else 0
-        self.shape, self.v = matrix.shape, torch.zeros_like(matrix.sum(self.dim, keepdim=True))
+        self.shape, self.rms = matrix.shape, torch.zeros_like(matrix.sum(self.dim, keepdim=True))
         self.columns = torch.zeros_like(matrix.sum(0, keepdim=True))
 
     def step(self, grad: Tensor, number: int) -> None:
@@ -30,20 +30,21 @@ class Reference:
         early, usable = self.count < 60, bool(g.any())
         self.count += early and usable
         if (early and usable) or (number % 10 == 0 and (usable or not early)):
-            self.v = self._average(self.v, g.square().mean(self.dim, keepdim=True))
-            self.columns = self._average(self.columns, g.square().mean(0, keepdim=True))
+            self.rms = self._average(self.rms, g.square().mean(self.dim, keepdim=True).sqrt())
+            self.columns = self._average(self.columns, g.square().mean(0, keepdim=True).sqrt())
         t = self.count if usable and early and self.count < 60 else None
         weight = 1 - self.momentum if t is None else (1 - self.momentum) / (1 - self.momentum**t)
-        u = g / (self.v.sqrt() + 1e-8)
+        u = g / (self.rms + 1e-8)
         if self.p.dim() == 2:
-            u = u / (self.columns / self.columns.mean()).sqrt()
-        u = u.clamp(-30, 30).view_as(self.p)
+            u = u / self.columns * self.columns.square().mean().sqrt()
+        limit = 30 if self.token_rows else 2
+        u = u.clamp(-limit, limit).view_as(self.p)
         self.m += weight * (u - self.m)
         self.p *= 1 - self.lr * self.weight_decay
         self.p -= self.lr * self.m
 
-    def _average(self, mean: Tensor, square: Tensor) -> Tensor:
-        """Zeros count in token rows; elsewhere the first square that is not zero is the mean."""
+    def _average(self, mean: Tensor, rms: Tensor) -> Tensor:
+        """Zeros count in token rows; elsewhere the first one that is not zero is the mean."""
         seen = (mean > 0) | self.token_rows
-        average = torch.where(seen, mean + (square - mean) / self.count, square)
-        return average if self.token_rows else torch.where(square > 0, average, mean)
+        average = torch.where(seen, mean + (rms - mean) / self.count, rms)
+        return average if self.token_rows else torch.where(rms > 0, average, mean)

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_sai import SGDSaI
-from hf_sai.calibration import INTERVAL, WINDOW
+from hf_sai.calibration import INTERVAL, LIMIT, WINDOW
 
 SCALINGS = ("adamw", "raw", "max")
 
@@ -51,28 +51,30 @@ def test_a_block_is_calibrated_at_its_first_nonzero_gradient(scaling: str) -> No
     step(optimizer, first, torch.randn(4))
     assert gsnr(optimizer, a) == pytest.approx((first.norm() / first.std()).item(), rel=1e-5)
     scaled = optimizer.state[a]["scale"] * first
+    if scaling == "adamw":
+        scaled = scaled.clamp(-LIMIT, LIMIT)
     torch.testing.assert_close(optimizer.state[a]["momentum_buffer"], scaled)
     torch.testing.assert_close(a.detach(), before - 0.1 * scaled)
 
 
-def test_scales_are_one_over_the_rms_of_each_channel_over_the_window() -> None:
+def test_scales_are_one_over_the_mean_rms_of_each_channel_in_the_window() -> None:
     """A gradient without an element of a channel's says nothing about it; after the window one in ten counts."""
     p = block(3, 5)
     optimizer = SGDSaI([p], lr=0.0)
-    squares: list[Tensor] = []
+    measured: list[Tensor] = []
     for i in range(WINDOW + INTERVAL):
         gradient = torch.randn(3, 5) * (1 + i)
         if i % 3 == 0:
             gradient[:, 1] = 0
         step(optimizer, gradient)
         if i < WINDOW or (i + 1) % INTERVAL == 0:
-            squares.append(gradient.double().square().mean(0))
+            measured.append(gradient.double().square().mean(0).sqrt())
         # Each measurement counts as one of the gradients so far, of at most WINDOW.
-        v = squares[0]
-        for n, square in enumerate(squares[1:], 2):
-            new = v + (square - v) / min(n, WINDOW)
-            v = torch.where(square > 0, torch.where(v > 0, new, square), v)
-        expected = torch.where(v > 0, 1 / (v.sqrt() + 1e-8), 0.0)
+        mean = measured[0]
+        for n, rms in enumerate(measured[1:], 2):
+            new = mean + (rms - mean) / min(n, WINDOW)
+            mean = torch.where(rms > 0, torch.where(mean > 0, new, rms), mean)
+        expected = torch.where(mean > 0, 1 / (mean + 1e-8), 0.0)
         torch.testing.assert_close(optimizer.state[p]["column_scale"][0].double(), expected, rtol=1e-5, atol=0)
     assert optimizer.state[p]["calibration_step"] == WINDOW
 
@@ -80,14 +82,15 @@ def test_scales_are_one_over_the_rms_of_each_channel_over_the_window() -> None:
 def test_the_scale_of_a_token_counts_the_steps_without_it() -> None:
     p = block(4, 3)
     optimizer = SGDSaI([{"params": [p], "token_rows": True}], lr=0.0)
-    squares = torch.zeros(4, 3, dtype=torch.float64)
+    rms = [torch.zeros(4, 1, dtype=torch.float64), torch.zeros(1, 3, dtype=torch.float64)]
     for i in range(WINDOW):
         gradient = torch.randn(4, 3) * torch.tensor([1.0, 10.0, 0.1])
         gradient[1], gradient[2] = 0, gradient[2] * (i % 4 == 1)
         step(optimizer, gradient)
-        squares += gradient.double().square() / WINDOW
-    for key, dim in (("scale", 1), ("column_scale", 0)):
-        expected = 1 / (squares.mean(dim, keepdim=True).sqrt() + 1e-8)
+        for dim in (1, 0):
+            rms[1 - dim] += gradient.double().square().mean(dim, keepdim=True).sqrt() / WINDOW
+    for key, mean in zip(("scale", "column_scale"), rms, strict=True):
+        expected = 1 / (mean + 1e-8)
         torch.testing.assert_close(optimizer.state[p][key].double(), expected, rtol=1e-5, atol=0)
 
 
@@ -105,16 +108,18 @@ def test_an_element_of_a_token_row_is_scaled_by_its_row_and_its_column(shape: tu
     torch.testing.assert_close(p.detach().double(), -expected.clamp(-30, 30), rtol=1e-5, atol=0)
 
 
-def test_an_update_is_at_most_thirty_learning_rates() -> None:
+@pytest.mark.parametrize(("token_rows", "limit"), [(False, 2.0), (True, 30.0)])
+def test_an_update_has_a_limit_in_learning_rates(token_rows: bool, limit: float) -> None:
     """Also where a gradient outgrows its calibration by any factor."""
     p = nn.Parameter(torch.zeros(5, 4))
-    optimizer = SGDSaI([p], lr=0.1, momentum=0.0, weight_decay=0.0)
+    group = {"params": [p], "token_rows": token_rows}
+    optimizer = SGDSaI([group], lr=0.1, momentum=0.0, weight_decay=0.0)
     for _ in range(WINDOW):
         step(optimizer, torch.ones(5, 4))
-    for factor in (3.0, 1e3, 1e20, 3e38):
+    for factor in (1.5, 1e3, 1e20, 3e38):
         before = p.detach().clone()
         step(optimizer, factor * torch.ones(5, 4))
-        torch.testing.assert_close(before - p.detach(), torch.full((5, 4), 0.1 * min(30.0, factor)), rtol=1e-5, atol=0)
+        torch.testing.assert_close(before - p.detach(), torch.full((5, 4), 0.1 * min(limit, factor)), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("scaling", ["raw", "max"])
@@ -166,6 +171,7 @@ def test_how_momentum_begins(scaling: str, momentum_dtype: str | None, foreach: 
         step(optimizer, g)
         scaled.append(scale_of_elements(optimizer.state[p]) * g)
         if scaling == "adamw":
+            scaled[-1].clamp_(-LIMIT, LIMIT)
             weights = [0.9 ** (t - k) for k in range(1, t + 1)]
         else:
             weights = [0.9 ** (t - 1), *(0.1 * 0.9 ** (t - k) for k in range(2, t + 1))]

@@ -10,7 +10,7 @@ from reference import scale_of_elements
 from torch import Tensor, nn
 
 from hf_sai import SaITrainer, SaITrainingArguments, SGDSaI
-from hf_sai.calibration import WINDOW
+from hf_sai.calibration import LIMIT, WINDOW
 
 SCALINGS = ["adamw", "raw", "max"]
 LR = {"raw": 1e-3, "max": 1e-2, "adamw": 1e-2}
@@ -246,7 +246,7 @@ def test_a_loss_spike(scaling: str) -> None:
         assert torch.equal(optimizer.state[p]["scale"], scale)
         update = scale.double() * p.grad.double()
         if scaling == "adamw":
-            update = update.clamp(-30, 30)
+            update = update.clamp(-LIMIT, LIMIT)
         m = 0.9 * buffer + 0.1 * update
         size = 1e-3 * (buffer.abs() + 0.1 * update.abs()) + start.abs()
         error = (p.double() - (start.double() - 1e-3 * m)).abs()
