@@ -31,7 +31,6 @@ from recipes.common import (
     parse_config,
     public_settings,
     run_main,
-    run_record,
     start_logging,
     write_json,
     write_text,
@@ -59,6 +58,7 @@ from recipes.diffusion_source import Source
 from recipes.diffusion_validation import Validation, new_accelerator, track
 from recipes.models import check_model
 from recipes.optimizers import OptimizerArguments, build_optimizer
+from recipes.provenance import run_record
 from recipes.run_folder import run_folder
 
 logger = logging.getLogger(__name__)
