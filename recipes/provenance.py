@@ -36,7 +36,7 @@ DATA = ("train_files", "validation_files", "dataset", "data", "text", "model", "
 PLACES = {*PRIVATE, "cache_dir", "record", "dataloader_pin_memory"}
 # What a run reads of a model's or a tokenizer's folder, which may hold the record of the run that made it, too.
 _MODEL_FILES = (
-    *("*.safetensors", "pytorch_model*.bin", "config.json", "tokenizer*", "vocab*", "merges.txt"),
+    *("*.safetensors", "pytorch_model*.bin", "config.json", "model_index.json", "tokenizer*", "vocab*", "merges.txt"),
     *("special_tokens_map.json", "added_tokens.json"),
 )
 # Settings of transformers whose default counts like one of ours.
@@ -90,9 +90,10 @@ def _path_digest(path: Path, option: str) -> str:
     if path.is_file():
         state = path.stat()
         return _file_digest(str(path), state.st_size, state.st_mtime_ns)
-    patterns = _MODEL_FILES if option in ("model", "tokenizer") else ("**/[!.]*",)
-    files = sorted({file for pattern in patterns for file in path.glob(pattern) if file.is_file()})
-    return digest([(file.relative_to(path).as_posix(), _path_digest(file, option)) for file in files])
+    patterns = _MODEL_FILES if option in ("model", "tokenizer") else ("[!.]*",)
+    found = {file for pattern in patterns for file in path.rglob(pattern) if file.is_file()}
+    files = {file.relative_to(path).as_posix(): _path_digest(file, option) for file in found}
+    return digest({name: one for name, one in files.items() if "checkpoint-" not in name})
 
 
 def _word_digest(option: str, word: str) -> str:
@@ -247,11 +248,14 @@ class Began(TrainerCallback):
         self.device, self.resumed_at_step = "", 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.resumed_at_step = state.global_step
-        self.optimizer = effective_optimizer(kwargs["optimizer"])
-        self.tokenizer = tokenizer_digest(kwargs.get("processing_class"))
-        cuda = args.device.type == "cuda"
-        self.device = torch.cuda.get_device_name(args.device) if cuda else machine()["cpu"]
+        self.note(kwargs["optimizer"], args.device, state.global_step, kwargs.get("processing_class"))
+
+    def note(self, optimizer: Any, device: torch.device, step: int, tokenizer: Any = None) -> None:
+        """For a bare loop, before its first step; `step` is that of the checkpoint from which it resumes."""
+        self.resumed_at_step = step
+        self.optimizer = effective_optimizer(optimizer)
+        self.tokenizer = tokenizer_digest(tokenizer)
+        self.device = torch.cuda.get_device_name(device) if device.type == "cuda" else machine()["cpu"]
 
 
 # Of a record that was made with `Began`: what a row of a sweep takes over.
@@ -267,7 +271,7 @@ def run_record(recipe: str, configs: Sequence[Any], began: Began | None = None, 
     Args:
         recipe: its name.
         configs: its dataclasses.
-        began: of a run by the Trainer; without it the record says nothing of the optimizer and of digests.
+        began: of a run that trains; without it the record says nothing of the optimizer and the data.
         results: of the run.
     """
     commits = (began.commit, began.clean) if began else commit()

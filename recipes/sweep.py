@@ -405,7 +405,7 @@ def _work(sweep: Sweep, args: argparse.Namespace) -> None:
         left = [run for run in runs if run.label not in failed and row_of(run, sweep.metric, earlier) is None]
         if left:
             more = ", and those at length" if stage == "grid" and sweep.final else ""
-            print(f"{args.seconds:g} seconds are over: {len(left)} runs are left{more}; the same command goes on")
+            print(f"{args.seconds:g} seconds are over; runs left: {len(left)}{more}; the same command goes on")
             break
     if args.report or _rows(sweep, planned(sweep)):
         show(report(sweep, args.file))

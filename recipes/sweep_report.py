@@ -81,9 +81,10 @@ def show(content: Mapping[str, Any]) -> None:
     for name, best in content["best"].items():
         edge = f", at the edge of {', '.join(best['at_edge'])}" if best["at_edge"] else ""
         seeds = content["over_seeds"].get(name)
-        spread = "" if seeds is None else f"; {seeds['seeds']} seeds: diverged"
-        if seeds is not None and seeds["mean"] is not None:
-            spread = f"; {seeds['seeds']} seeds: {seeds['mean']:.4f} ({seeds['min']:.4f} to {seeds['max']:.4f})"
+        spread = ""
+        if seeds is not None:
+            figures = "diverged" if seeds["mean"] is None else "{mean:.4f} ({min:.4f} to {max:.4f})".format(**seeds)
+            spread = f"; {seeds['seeds']} seed{'s' * (seeds['seeds'] > 1)}: {figures}"
         print(f"best {name:20} {best['point']} {best['value']:.4f}{edge}{spread}")
     if content["origins"]:
         print(content["origins"])
