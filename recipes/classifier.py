@@ -31,13 +31,13 @@ from recipes.common import (
     StepTimer,
     UserError,
     parse_config,
-    run_record,
     write_bytes,
     write_json,
 )
 from recipes.gpt2_pretrain import Clock, config_words
 from recipes.optimizers import RecipeArguments, trainer_optimizer
 from recipes.pretrain_report import label, peak_memory_bytes
+from recipes.provenance import Began, run_record
 from recipes.run_folder import run_folder
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,8 @@ class ClassifierTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False  # the loss below is a mean over the batch
-        self.clock, self.timer = Clock(), StepTimer()
+        self.clock, self.timer, self.began = Clock(), StepTimer(), Began()
+        self.add_callback(self.began)
         self.add_callback(self.clock)
         self.add_callback(self.timer)
         if hasattr(self.train_dataset, "set_epoch"):
@@ -296,6 +297,7 @@ def build_record(
     return run_record(
         recipe,
         (*configs, args),
+        trainer.began,
         model={"parameters": sum(parameter.numel() for parameter in model.parameters())},
         data=dict(data),
         processes=args.world_size,

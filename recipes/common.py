@@ -1,4 +1,4 @@
-"""What every recipe shares: configuration, step times, and the record of a run (optimizers: `optimizers.py`).
+"""What every recipe shares: configuration, step times, settings for a record, files written in one piece.
 
 A recipe's configuration is one or more dataclasses. `parse_config` fills them from a YAML file and then from the
 command line, which wins: `python -m recipes.gpt2_lora_e2e --config run.yaml --learning_rate 1e-3`.
@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -251,7 +250,7 @@ class StepTimer(TrainerCallback):
         }
 
 
-# ---------------------------------------------------------------- the record of a run
+# ---------------------------------------------------------------- what a record says (the whole: `provenance.py`)
 
 _PACKAGES = (
     *("hf_sai", "torch", "transformers", "accelerate", "peft", "datasets", "evaluate", "tokenizers", "numpy"),
@@ -296,9 +295,9 @@ def machine() -> dict[str, Any]:
 
 
 _ALWAYS = ("optim", "learning_rate", "weight_decay", "per_device_train_batch_size", "max_grad_norm", "seed")
-_SECRET = ("hub_token", "push_to_hub_token")
-# Names of a person's places and accounts. `push_to_hub_*` and `logging_dir` are of transformers 4.
-_PRIVATE = (
+# Access tokens, and names of a person's places and accounts. `push_to_hub_*` and `logging_dir` are of transformers 4.
+PRIVATE = (
+    *("hub_token", "push_to_hub_token"),
     *("output_dir", "logging_dir", "run_name", "hub_model_id", "push_to_hub_model_id", "push_to_hub_organization"),
     *("overwrite_output_dir", "trackio_space_id", "trackio_static_space_id", "trackio_bucket_id"),
 )
@@ -317,36 +316,24 @@ def public_settings(*configs: Any) -> dict[str, Any]:
             default = spec.default_factory() if callable(spec.default_factory) else spec.default
             default = getattr(default, "value", default)
             optional = isinstance(config, TrainingArguments) and spec.name not in _ALWAYS
-            if spec.name in _SECRET + _PRIVATE or (optional and (value == default or not value)):
+            if spec.name in PRIVATE or (optional and (value == default or not value)):
                 continue
             if isinstance(value, bool | int | float | str | list | dict | None):
-                found[spec.name] = _without_folders(value)
+                found[spec.name] = without_folders(value)
     return found
 
 
-def _without_folders(value: Any) -> Any:
+def without_folders(value: Any) -> Any:
     """A path as its last part, also inside a list or a mapping; anything else as it is."""
     if isinstance(value, dict):
-        return {key: _without_folders(item) for key, item in value.items()}
+        return {key: without_folders(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_without_folders(item) for item in value]
+        return [without_folders(item) for item in value]
     if isinstance(value, str) and value:
         parts = Path(value).parts
         if os.path.isabs(value) or ".." in parts or parts[:1] == ("~",) or os.path.exists(value):
             return Path(value).name
     return value
-
-
-def run_record(recipe: str, configs: Sequence[Any], **results: Any) -> dict[str, Any]:
-    """What `results/*.json` holds: the recipe, when, its settings, versions, machine, then `results` as given."""
-    return {
-        "recipe": recipe,
-        "finished": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "config": public_settings(*configs),
-        **results,
-        "machine": machine(),
-        "versions": versions(),
-    }
 
 
 def check_writable(option: str, folder: str | Path) -> None:
@@ -392,15 +379,15 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
     return path
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no NaN or infinity: a diverged loss becomes the word."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def write_json(path: str | Path, content: Any) -> Path:
     """`write_text` of indented JSON."""
-    return write_text(path, json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    return write_text(path, json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -38,7 +38,6 @@ from recipes.common import (
     parse_config,
     public_settings,
     run_main,
-    run_record,
     start_logging,
     write_json,
     write_text,
@@ -52,6 +51,7 @@ from recipes.diffusion_samples import grid, save_picture
 from recipes.diffusion_toy import CONCEPT, PATTERNS, SHAPES, SIZE, Drawing, combinations, draw
 from recipes.interrupt import resumable
 from recipes.optimizers import OptimizerArguments
+from recipes.provenance import run_record
 
 TOKEN = "<V>"
 PRETRAINING = "pretraining.json"  # beside the base model: how it was made

@@ -31,7 +31,6 @@ from recipes.common import (
     parse_config,
     public_settings,
     run_main,
-    run_record,
     start_logging,
     write_json,
     write_text,
@@ -59,6 +58,7 @@ from recipes.diffusion_source import Source
 from recipes.diffusion_validation import Validation, new_accelerator, track
 from recipes.models import check_model
 from recipes.optimizers import OptimizerArguments, build_optimizer
+from recipes.provenance import Began, run_record
 from recipes.run_folder import run_folder
 
 logger = logging.getLogger(__name__)
@@ -193,6 +193,7 @@ def _run(config: DiffusionArguments, args: OptimizerArguments, checkpoint: Path 
     )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("mixed_precision: fp16 needs a GPU; use bf16 or no on a CPU")
+    began = Began()
     sharded = accelerator.distributed_type == DistributedType.FSDP
     samples_per_step = (
         config.per_device_train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
@@ -254,6 +255,7 @@ def _run(config: DiffusionArguments, args: OptimizerArguments, checkpoint: Path 
         accelerator.wait_for_everyone()
         model.train()
 
+    began.note(optimizer, accelerator.device, progress["step"], pipe.tokenizer)
     model.train()
     if not checkpoint:
         look(0)
@@ -311,6 +313,7 @@ def _run(config: DiffusionArguments, args: OptimizerArguments, checkpoint: Path 
         record = run_record(
             "diffusion_lora",
             (config, args),
+            began,
             processes=accelerator.num_processes,
             steps=progress["step"],
             samples_per_step=samples_per_step,

@@ -45,7 +45,6 @@ from recipes.common import (
     markdown_text,
     parse_config,
     run_main,
-    run_record,
     start_logging,
     write_json,
     write_text,
@@ -53,6 +52,7 @@ from recipes.common import (
 from recipes.data import HUB_NAME, E2ETokens, Group, clean, group, load_e2e, prompt_ids
 from recipes.models import base_weights, check_model, hub_name, load_model
 from recipes.optimizers import RecipeArguments, trainer_optimizer
+from recipes.provenance import Began, run_record
 from recipes.run_folder import run_folder
 
 logger = logging.getLogger(__name__)
@@ -111,6 +111,9 @@ class E2EArguments:
             raise UserError(f"no_repeat_ngram_size must be at least 0, got {self.no_repeat_ngram_size}")
         if not math.isfinite(self.length_penalty):
             raise UserError(f"length_penalty must be finite, got {self.length_penalty}")
+
+
+CONFIG_TYPES = (E2EArguments, RecipeArguments)
 
 
 class E2ETrainer(Trainer):
@@ -314,7 +317,7 @@ def _run(config: E2EArguments, args: RecipeArguments, checkpoint: str | None) ->
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     args.label_names = ["labels"]  # PEFT's wrapper hides them from the Trainer
-    timer = StepTimer()
+    timer, began = StepTimer(), Began()
     trainer = E2ETrainer(
         model=model,
         args=args,
@@ -322,7 +325,7 @@ def _run(config: E2EArguments, args: RecipeArguments, checkpoint: str | None) ->
         eval_dataset=validation,
         data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
         processing_class=tokenizer,
-        callbacks=[timer],
+        callbacks=[began, timer],
         **trainer_optimizer(model, args),
     )
     if args.optim == "sgd_sai":
@@ -339,6 +342,7 @@ def _run(config: E2EArguments, args: RecipeArguments, checkpoint: str | None) ->
         record = run_record(
             "gpt2_lora_e2e",
             (config, args),
+            began,
             processes=state.num_processes,
             steps=trainer.state.global_step,
             trainable_parameters=trainable,
@@ -389,7 +393,7 @@ def save(
 
 def run_words(words: Sequence[str] | None = None) -> dict[str, Any]:
     """`run` with its settings from command-line words, by default those of the process."""
-    config, args = parse_config([E2EArguments, RecipeArguments], words, description=__doc__)
+    config, args = parse_config(CONFIG_TYPES, words, description=__doc__)
     return run(config, args)
 
 

@@ -57,6 +57,7 @@ from recipes.pretrain_data import (
 )
 from recipes.pretrain_report import build_record, diverged, draw_curves, draw_gsnr, summary
 from recipes.pretrain_text import Corpus
+from recipes.provenance import Began
 from recipes.run_folder import run_folder
 
 logger = logging.getLogger(__name__)
@@ -160,6 +161,9 @@ class PretrainArguments(RecipeArguments):
             raise UserError(f"max_loss must be above 0, or left out, got {self.max_loss}")
 
 
+CONFIG_TYPES = (Corpus, ModelArguments, PretrainArguments)
+
+
 def config_words(config: str | Path | Mapping[str, Any] | Sequence[str]) -> list[str]:
     """A YAML file, a mapping of options, or words such as `run.yaml --seed 1`, as words for `parse_config`."""
     if isinstance(config, Mapping):
@@ -180,7 +184,7 @@ def read_config(
     config: str | Path | Mapping[str, Any] | Sequence[str],
 ) -> tuple[Corpus, ModelArguments, PretrainArguments]:
     """The three groups of options from a YAML file, a mapping, or command-line words (`run.yaml --seed 1`)."""
-    corpus, model, training = parse_config((Corpus, ModelArguments, PretrainArguments), config_words(config), __doc__)
+    corpus, model, training = parse_config(CONFIG_TYPES, config_words(config), __doc__)
     return corpus, model, training
 
 
@@ -295,6 +299,8 @@ class PretrainTrainer(Trainer):
         self.tokens_per_step = tokens_per_step(self.args, block_size)
         self.clock = Clock()
         self.timer = StepTimer()
+        self.began = Began()
+        self.add_callback(self.began)
         self.add_callback(self.clock)
         self.add_callback(self.timer)
 

@@ -19,6 +19,8 @@ from recipes.common import run_main, start_logging
 from recipes.image_data import ImageArguments, load_images
 from recipes.image_models import ImageModelArguments, build_model
 
+CONFIG_TYPES = (ImageArguments, ImageModelArguments, ClassifierArguments)
+
 
 def run(config: str | Path | Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
     """Train as `config` says and return the run's record (see `classifier.build_record`).
@@ -32,7 +34,7 @@ def run(config: str | Path | Mapping[str, Any] | Sequence[str]) -> dict[str, Any
     Raises:
         UserError: bad input; the message names the option, the rule and the remedy.
     """
-    images, model, args = read_config((ImageArguments, ImageModelArguments, ClassifierArguments), config, __doc__)
+    images, model, args = read_config(CONFIG_TYPES, config, __doc__)
     data = load_images(images, args.seed)
     return train_classifier(
         "image_classification",

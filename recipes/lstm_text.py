@@ -45,6 +45,9 @@ class LSTMArguments:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
+CONFIG_TYPES = (LSTMArguments, ClassifierArguments)
+
+
 class Sequences(Dataset):
     """A text cut into sequences; a batch is `input_ids` and `labels`, (batch, length) int64, one character apart.
 
@@ -103,7 +106,7 @@ def load_text(options: LSTMArguments) -> tuple[Sequences, Sequences, int]:
 
 def run(config: str | Path | Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
     """Train as `config` says and return the run's record; as `image_classification.run`."""
-    options, args = read_config((LSTMArguments, ClassifierArguments), config, __doc__)
+    options, args = read_config(CONFIG_TYPES, config, __doc__)
     train, validation, characters = load_text(options)
     return train_classifier(
         "lstm_text",

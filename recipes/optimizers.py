@@ -8,7 +8,7 @@ import ast
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,12 @@ OWN_OPTIMIZERS = ("sgd_sai", "sgd_sai_authors", "sgdm", "adam_mini", "prodigy", 
 # Short names of transformers' own.
 _SHORT_NAMES = {"adamw": "adamw_torch", "adamw8bit": "adamw_8bit"}
 
+# What a rival gets that no option of a recipe says.
+FIXED: dict[str, dict[str, Any]] = {"sgdm": {"momentum": 0.9}, "muon": {"adjust_lr_fn": "match_rms_adamw"}}
+# The options of Adam, and the optimizers that have no use for them.
+ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
+_WITHOUT_ADAM = ("sgdm", "scaled_sgd", "sgd_sai_authors", "sgd", "adafactor")
+
 
 def check_optimizer_name(name: str) -> str | OptimizerNames:
     """The name itself for one of `OWN_OPTIMIZERS`, transformers' enum member for one of its own."""
@@ -45,13 +51,19 @@ def check_optimizer_name(name: str) -> str | OptimizerNames:
     return OptimizerNames(name)
 
 
-def meaning(optim: str, optim_args: Any = None) -> dict[str, Any]:
-    """What these two options mean in this version of the code: a changed default or constant of SGD-SaI changes it.
+def meaning(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """What a recipe's options mean for the optimizer in this version of the code.
 
-    The learning rate and the weight decay are options of their own and not part of it.
+    A changed default or constant of SGD-SaI changes it, and so does a constant of ours in a rival. The learning rate
+    and the weight decay are options of their own and not part of it.
+
+    Args:
+        chosen: every option of the recipe, defaults included.
     """
+    optim, optim_args = getattr(chosen["optim"], "value", chosen["optim"]), chosen.get("optim_args")
     if optim != "sgd_sai":
-        return {"optim": optim, "optim_args": optim_args}
+        own = {} if optim in _WITHOUT_ADAM else {name: chosen[name] for name in ADAM}
+        return {"optim": optim, "optim_args": optim_args, **own, **FIXED.get(optim, {})}
     defaults = {
         name: p.default
         for name, p in inspect.signature(SGDSaI).parameters.items()
@@ -149,7 +161,7 @@ def _class_and_kwargs(args: Any, model: nn.Module) -> tuple[type[Optimizer], dic
     if args.optim == "sgdm":
         return torch.optim.SGD, {
             "lr": args.learning_rate,
-            "momentum": 0.9,
+            **FIXED["sgdm"],
             **_own_optim_args(torch.optim.SGD, args.optim_args),
         }
     if args.optim == "sgd_sai_authors":
@@ -255,9 +267,7 @@ def _muon(model: nn.Module, args: Any, adam: dict[str, Any]) -> Optimizer:
     others = [p for p in trained if p.dim() != 2 or id(p) in embeddings]
     shared = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
     own = _own_optim_args(torch.optim.Muon, args.optim_args)
-    parts: list[Optimizer] = (
-        [torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **shared, **own)] if matrices else []
-    )
+    parts: list[Optimizer] = [torch.optim.Muon(matrices, **FIXED["muon"], **shared, **own)] if matrices else []
     if others:
         spared = {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0}
         groups = [{"params": [p for p in others if p.dim() >= 2]}, spared]

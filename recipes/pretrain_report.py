@@ -14,7 +14,7 @@ import torch
 
 from hf_sai.bench.state_bytes import optimizer_state_bytes
 from hf_sai.gsnr_plots import plot_drift, plot_kinds, plot_over_time
-from recipes.common import run_record
+from recipes.provenance import run_record
 
 # Dense bf16 and fp16 tensor-core peaks in FLOP/s from the makers' data sheets; the first name that fits wins.
 GPU_PEAKS = {
@@ -133,6 +133,7 @@ def build_record(trainer: Any, corpus: Any, options: Any, data: dict[str, Any]) 
     record = run_record(
         "gpt2_pretrain",
         (corpus, options, args),
+        trainer.began,
         model={
             "parameters": model.num_parameters(),
             "parameters_without_embeddings": model.num_parameters(exclude_embeddings=True),

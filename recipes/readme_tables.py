@@ -16,7 +16,7 @@ from typing import Any
 
 from hf_sai.commands.gsnr import ratios_of
 from recipes.common import UserError, run_main, write_text
-from recipes.sweep_report import larger_is_better
+from recipes.sweep_report import larger_is_better, read_results
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "recipes" / "results"
@@ -66,8 +66,9 @@ def sweep(record: Mapping[str, Any]) -> str:
     )
     seeds = len({row["seed"] for row in record["finals"]})
     at_length = f", then {seeds} seed{'s' * (seeds > 1)} of it: mean and range" if seeds else ", one seed"
-    machines = ", ".join(sorted({str(row["cpu"]) for row in every}))
-    return f"{table}\n\nThe best point of each optimizer's grid{at_length}. {machines}. `{record['command']}`"
+    devices = ", ".join(sorted({str(row["device"]) for row in every}))
+    several = f" {record['origins']}" if record["origins"] else ""
+    return f"{table}\n\nThe best point of each optimizer's grid{at_length}. {devices}.{several} `{record['command']}`"
 
 
 def gsnr(record: Mapping[str, Any]) -> str:
@@ -128,7 +129,8 @@ def rewritten(text: str) -> str:
         if kind not in TABLES or not path.exists():
             what = f"must be one of {', '.join(TABLES)}" if kind not in TABLES else f"needs {path.name}"
             raise UserError(f"table: {kind} {name}: {kind} {what}")
-        return f"{match['start']}{TABLES[kind](json.loads(path.read_text(encoding='utf-8')))}\n{match['end']}"
+        record = read_results(path) if kind == "sweep" else json.loads(path.read_text(encoding="utf-8"))
+        return f"{match['start']}{TABLES[kind](record)}\n{match['end']}"
 
     block = r"(?P<start><!-- table: (?P<kind>\w+) (?P<record>\w+) -->\n).*?(?P<end><!-- end -->)"
     return re.sub(block, table, text, flags=re.DOTALL)

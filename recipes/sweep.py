@@ -7,36 +7,41 @@ best point of each optimizer with other options and seeds. Several processes wor
 and does many runs.
 
 A killed sweep resumes: a run whose record is in `output`, or whose row is in the results already (made on another
-machine, perhaps), is not repeated. A row counts only for the same base configuration, the same options and the same
-meaning of `optim`: a changed default of SGD-SaI makes all its runs new ones. The rows go to `results`.json (one a run)
-with a figure beside it; `--report` writes both from the runs that have ended.
+machine, perhaps), is not repeated. A row counts only for the same recipe, base configuration, options, defaults,
+optimizer and content of the data; the commit and the versions are in the row (`provenance.py`). The rows go to
+`results`.json (one a run) with a figure beside it; `--report` writes both from the runs that have ended.
+
+Without `use_cpu` all processes share one GPU, the first that CUDA_VISIBLE_DEVICES names.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
+import functools
 import importlib
 import itertools
 import json
 import logging
 import math
 import multiprocessing
-import statistics
+import os
+import shlex
+import time
 import traceback
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from recipes.common import UserError, did_you_mean, machine, read_yaml, run_main, versions, write_json
+from recipes.common import UserError, did_you_mean, read_yaml, run_main, without_folders, write_json
 from recipes.interrupt import resumable, worker_start
-from recipes.optimizers import meaning
-from recipes.sweep_report import draw, larger_is_better
+from recipes.optimizers import ADAM, meaning
+from recipes.provenance import DATA, ORIGIN, PLACES, data_digests, defaults, digest, origins, plain, sealed
+from recipes.sweep_report import best_points, draw, over_seeds, read_results, show
 
 # By the recipe's name: its module, the function there that takes command-line words, and where in its record the figure
 # is that decides.
@@ -47,8 +52,6 @@ RECIPES: dict[str, tuple[str, str, str]] = {
     "lstm_text": ("recipes.lstm_text", "run", "final.eval_loss"),
 }
 _FINAL = {"options", "seeds", "records"}
-# In a run's folder: the settings it was started with.
-SETTINGS = "sweep_settings.json"
 
 
 @dataclass
@@ -114,33 +117,61 @@ class Sweep:
 class Run:
     """One run: a point of an optimizer's grid and a seed."""
 
+    recipe: str
+    base: str
+    output: Path
     name: str
     point: dict[str, Any]
     seed: int
-    folder: Path
     options: dict[str, Any]  # besides the base configuration
-    settings: dict[str, Any]  # the recipe, the base configuration, the options and what they mean for the optimizer
+    at_length: bool = False
 
     @property
-    def digest(self) -> str:
-        """Of its settings: a row of the results counts for a run only if it was made with the same ones."""
-        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:12]
+    def label(self) -> str:
+        parts = [self.name, *(str(value) for value in self.point.values())]
+        parts += [f"seed{self.seed}", *(["final"] if self.at_length else [])]
+        return "_".join(part.replace("/", "-") for part in parts)
 
-    def holds_other_settings(self) -> bool:
-        """Whether the folder has a run, finished or not, that was started with other settings."""
-        path = self.folder / SETTINGS
-        if path.exists():
-            return bool(json.loads(path.read_text(encoding="utf-8")) != self.settings)
-        return (self.folder / "record.json").exists()
+    @property
+    def folder(self) -> Path:
+        """Runs with other settings have other folders: nothing is taken over or overwritten."""
+        return self.output / f"{self.label}_{self.key}"
 
-    def words(self, base: str) -> list[str]:
-        words = ["--config", base, f"--output_dir={self.folder}"]
-        for key, value in self.options.items():
-            if isinstance(value, list):
-                words += [f"--{key}", *map(str, value)]
-            else:
-                words.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
-        return words
+    @functools.cached_property
+    def settings(self) -> dict[str, Any]:
+        """What decides the result, of data the content and no place: a row counts for a run with the same ones."""
+        base = read_yaml(self.base)
+        given = base | self.options
+        types = importlib.import_module(RECIPES[self.recipe][0]).CONFIG_TYPES
+        chosen = defaults(types) | given
+        rest = {k: v for k, v in chosen.items() if k not in {*given, *ADAM}}  # those of Adam: `meaning`
+        parts = {"base": base, "options": self.options, "defaults": rest}
+        kept = {name: {k: v for k, v in part.items() if k not in {*PLACES, *DATA}} for name, part in parts.items()}
+        return plain({"recipe": self.recipe, **kept, "optimizer": meaning(chosen), "data": data_digests(chosen)})
+
+    @property
+    def key(self) -> str:
+        return digest(self.settings)
+
+    def words(self, folder: Path) -> list[str]:
+        """The recipe's command line."""
+        return ["--config", self.base, f"--output_dir={folder}", *_words(self.options)]
+
+    @property
+    def command(self) -> str:
+        """The command that makes this run alone, in the recipe's own output folder."""
+        words = ["python", "-m", RECIPES[self.recipe][0], "--config", Path(self.base).name]
+        return shlex.join([*words, *_words(without_folders(self.options))])
+
+
+def _words(options: Mapping[str, Any]) -> list[str]:
+    words: list[str] = []
+    for key, value in options.items():
+        if isinstance(value, list):
+            words += [f"--{key}", *map(str, value)]
+        else:
+            words.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
+    return words
 
 
 def planned(sweep: Sweep) -> list[Run]:
@@ -148,24 +179,15 @@ def planned(sweep: Sweep) -> list[Run]:
     by_name: list[list[Run]] = []
     for name, run in sweep.runs.items():
         grid = {**sweep.grid, **(run.get("grid") or {})}
-        found = []
-        for values in itertools.product(*grid.values()):
-            point = dict(zip(grid, values, strict=True))
-            for seed in sweep.seeds:
-                found.append(_run(sweep, name, point, seed, {}, ""))
-        by_name.append(found)
+        points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+        by_name.append([_run(sweep, name, point, seed) for point in points for seed in sweep.seeds])
     return [run for row in itertools.zip_longest(*by_name) for run in row if run is not None]
 
 
-def _run(sweep: Sweep, name: str, point: dict[str, Any], seed: int, more: Mapping[str, Any], suffix: str) -> Run:
-    options = {**sweep.options, **(sweep.runs[name].get("options") or {}), **point, **more, "seed": seed}
-    parts = [name, *(str(value) for value in point.values()), *([f"seed{seed}"] if seed != sweep.seeds[0] else [])]
-    folder = "_".join(part.replace("/", "-") for part in parts) + suffix
-    base = read_yaml(sweep.base)
-    chosen = base | options
-    optimizer = meaning(chosen.get("optim", "sgd_sai"), chosen.get("optim_args"))
-    settings = _plain({"recipe": sweep.recipe, "base": base, "options": options, "optimizer": optimizer})
-    return Run(name, point, seed, Path(sweep.output) / folder, options, settings)
+def _run(sweep: Sweep, name: str, point: dict[str, Any], seed: int, more: Mapping[str, Any] | None = None) -> Run:
+    own = sweep.runs[name].get("options") or {}
+    options = {**sweep.options, **own, **point, **(more or {}), "seed": seed}
+    return Run(sweep.recipe, sweep.base, Path(sweep.output), name, point, seed, options, more is not None)
 
 
 def finals(sweep: Sweep, rows: list[dict[str, Any]]) -> list[Run]:
@@ -181,29 +203,7 @@ def finals(sweep: Sweep, rows: list[dict[str, Any]]) -> list[Run]:
         )
         for name in best
     }
-    return [_run(sweep, name, points[name], seed, more, "_final") for name in best for seed in seeds]
-
-
-def best_points(rows: list[dict[str, Any]], metric: str) -> dict[str, dict[str, Any]]:
-    """Of each optimizer the point with the best mean over its seeds: name -> point, value, at_edge (the axes at whose
-    end it lies, where a better one may lie outside)."""
-    best: dict[str, dict[str, Any]] = {}
-    for name in dict.fromkeys(row["run"] for row in rows):
-        points: dict[str, list[dict[str, Any]]] = {}
-        for row in rows:
-            if row["run"] == name:
-                points.setdefault(json.dumps(row["point"], sort_keys=True), []).append(row)
-        worst = -math.inf if larger_is_better(metric) else math.inf
-        means = {
-            key: statistics.fmean(row["value"] if row["value"] is not None else worst for row in group)
-            for key, group in points.items()
-        }
-        chosen = (max if larger_is_better(metric) else min)(means, key=lambda key: means[key])
-        point = points[chosen][0]["point"]
-        axes = {axis: sorted({float(r["point"][axis]) for r in rows if r["run"] == name}) for axis in point}
-        edge = [a for a, v in axes.items() if len(v) > 2 and float(point[a]) in (v[0], v[-1])]
-        best[name] = {"point": point, "value": means[chosen], "at_edge": edge}
-    return best
+    return [_run(sweep, name, points[name], seed, more) for name in best for seed in seeds]
 
 
 # --- doing the runs --------------------------------------------------------------------------------------------------
@@ -215,11 +215,14 @@ def _start_worker() -> None:
     logging.disable(logging.WARNING)
 
 
-def perform(recipe: str, base: str, run: Run) -> str | None:
+def perform(run: Run) -> str | None:
     """Do one run in this process, its output in `run.log`; returns an error's text, None where there was none."""
-    write_json(run.folder / SETTINGS, run.settings)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    if torch.cuda.is_initialized():  # by an earlier run: its memory goes back to the other processes
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     try:
-        module, function, _ = RECIPES[recipe]
+        module, function, _ = RECIPES[run.recipe]
         train = getattr(importlib.import_module(module), function)
         with (
             open(run.folder / "run.log", "a", buffering=1) as log,
@@ -228,7 +231,7 @@ def perform(recipe: str, base: str, run: Run) -> str | None:
         ):
             try:
                 unfinished = any(run.folder.glob("checkpoint-*"))
-                train([*run.words(base), *(["--resume_from_checkpoint=auto"] if unfinished else [])])
+                train([*run.words(run.folder), *(["--resume_from_checkpoint=auto"] if unfinished else [])])
             except Exception:
                 traceback.print_exc()
                 raise
@@ -239,19 +242,23 @@ def perform(recipe: str, base: str, run: Run) -> str | None:
     return None
 
 
-def row_of(run: Run, metric: str, earlier: Mapping[str, dict[str, Any]] | None = None) -> dict[str, Any] | None:
+def row_of(
+    run: Run, metric: str, earlier: Mapping[tuple[str, str], dict[str, Any]] | None = None
+) -> dict[str, Any] | None:
     """A finished run as a row of the results: from its record, or from `earlier` results; None if it is in neither."""
     path = run.folder / "record.json"
-    if not path.exists() or run.holds_other_settings():
-        return (earlier or {}).get(run.digest)
+    if not path.exists():
+        return (earlier or {}).get((run.name, run.key))
     record = json.loads(path.read_text(encoding="utf-8"))
+    if record["data_digests"] != run.settings["data"]:
+        raise UserError(f"output: the data of {run.folder} changed before it ended; remove it and run the sweep again")
     value: Any = record
     for key in metric.split("."):
         value = value.get(key) if isinstance(value, dict) else None
     value = float(value) if value is not None else math.nan
     finite = math.isfinite(value) and not record.get("diverged", False)
     speed = record.get("speed") or record.get("time") or {}
-    return {
+    row = {
         "run": run.name,
         "point": _numbers(run.point),
         "seed": run.seed,
@@ -261,28 +268,31 @@ def row_of(run: Run, metric: str, earlier: Mapping[str, dict[str, Any]] | None =
         "optimizer_state_bytes": record.get("optimizer_state_bytes"),
         "step_ms": speed.get("step_ms"),
         "optimizer_ms": speed.get("optimizer_ms"),
-        "finished": record.get("finished"),
-        "cpu": (record.get("machine") or {}).get("cpu"),
-        "digest": run.digest,
+        "key": run.key,
+        "settings": run.settings,
+        "command": run.command,
+        **{name: record.get(name) for name in ORIGIN},
     }
+    return sealed(row)
 
 
 def _numbers(point: Mapping[str, Any]) -> dict[str, Any]:
     return {key: float(value) if _is_number(value) else value for key, value in point.items()}
 
 
-def earlier_rows(sweep: Sweep) -> dict[str, dict[str, Any]]:
-    """The rows of the results file as it is, by their digest."""
+def earlier_rows(sweep: Sweep) -> dict[tuple[str, str], dict[str, Any]]:
+    """The rows of the results file as it is, by their run's name and the key of its settings."""
     path = Path(sweep.results).with_suffix(".json")
     if not path.exists():
         return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return {row["digest"]: row for row in [*content["runs"], *content["finals"]]}
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"results: {path} is not what this sweep wrote ({error!r}); remove it or name another"
-        ) from error
+    content = read_results(path)
+    return {(row["run"], row["key"]): row for row in [*content["runs"], *content["finals"]]}
+
+
+def _rows(sweep: Sweep, runs: list[Run]) -> list[dict[str, Any]]:
+    """Of the runs that have ended, here or in the results."""
+    earlier = earlier_rows(sweep)
+    return [row for run in runs if (row := row_of(run, sweep.metric, earlier))]
 
 
 def _is_number(value: Any) -> bool:
@@ -293,21 +303,34 @@ def _is_number(value: Any) -> bool:
     return True
 
 
-def do(sweep: Sweep, runs: list[Run]) -> Iterator[tuple[Run, str | None]]:
-    """Do the runs that have no record yet; yields each as it ends, with its error if it failed."""
+def do(sweep: Sweep, runs: list[Run], until: float = math.inf) -> Iterator[tuple[Run, str | None]]:
+    """Do the runs that have no record yet; yields each as it ends, with its error if it failed.
+
+    Args:
+        sweep: the file.
+        runs: in their order.
+        until: none starts after this, in seconds of `time.monotonic`.
+    """
     earlier = earlier_rows(sweep)
     left = [run for run in runs if row_of(run, sweep.metric, earlier) is None]
-    for run in left:
-        if run.holds_other_settings():
-            raise UserError(f"output: {run.folder} holds a run with other settings; remove it or give another output")
     if not left:
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks
-    with ProcessPoolExecutor(min(sweep.processes, len(left)), context, _start_worker) as pool:
-        tasks = {pool.submit(perform, sweep.recipe, sweep.base, run): run for run in left}
+    processes = min(sweep.processes, len(left))
+    with ProcessPoolExecutor(processes, context, _start_worker) as pool:
+        tasks: dict[Future[str | None], Run] = {}
+
+        def start() -> None:
+            while left and len(tasks) < processes and time.monotonic() < until:
+                run = left.pop(0)
+                tasks[pool.submit(perform, run)] = run
+
         try:
-            for task in as_completed(tasks):
-                yield tasks[task], task.result()
+            start()
+            while tasks:
+                ended = [(tasks.pop(task), task.result()) for task in wait(tasks, return_when=FIRST_COMPLETED).done]
+                start()
+                yield from ended
         except BaseException:  # Ctrl-C: runs that are not done yet are not waited for
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in multiprocessing.active_children():
@@ -315,32 +338,26 @@ def do(sweep: Sweep, runs: list[Run]) -> Iterator[tuple[Run, str | None]]:
             raise
 
 
-def _plain(settings: dict[str, Any]) -> Any:
-    return json.loads(json.dumps(settings))
-
-
 def report(sweep: Sweep, file: str) -> dict[str, Any]:
     """Write the rows that are there, the best points and the figure."""
-    earlier = earlier_rows(sweep)
-    grid = [row for run in planned(sweep) if (row := row_of(run, sweep.metric, earlier))]
+    grid = _rows(sweep, planned(sweep))
     if not grid:
         raise UserError(f"no run of {file} has ended yet: start the sweep without --report")
     runs = finals(sweep, grid)
+    at_length = _rows(sweep, runs)
     content = {
         "sweep": Path(file).name,
         "command": f"python -m recipes.sweep recipes/configs/{Path(file).name}",
         "recipe": sweep.recipe,
         "base": Path(sweep.base).name,
-        "base_options": {k: v for k, v in read_yaml(sweep.base).items() if not _is_path(v)},
-        "options": {k: v for k, v in sweep.options.items() if not _is_path(v)},
         "metric": sweep.metric,
         "planned": len(planned(sweep)),
+        "origins": origins([*grid, *at_length]),
         "best": best_points(grid, sweep.metric),
+        "over_seeds": over_seeds(at_length),
         "runs": grid,
-        "finals": [row for run in runs if (row := row_of(run, sweep.metric, earlier))],
+        "finals": at_length,
         "final_options": (sweep.final or {}).get("options") or {},
-        "machine": machine(),
-        "versions": versions(),
     }
     results = Path(sweep.results)
     for run in runs:
@@ -352,44 +369,48 @@ def report(sweep: Sweep, file: str) -> dict[str, Any]:
     return content
 
 
-def _is_path(value: Any) -> bool:
-    return isinstance(value, str | list) and "/" in str(value)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", metavar="FILE.yaml")
     parser.add_argument("--report", action="store_true", help="only write the results of the runs that are there")
     parser.add_argument("--processes", type=int, help="instead of the file's")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no run after so many; none by default")
     args = parser.parse_args()
+    if not args.seconds > 0:
+        raise UserError(f"--seconds must be above 0, got {args.seconds:g}")
     sweep = Sweep.read(args.file)
-    sweep.processes = args.processes or sweep.processes
+    sweep.processes = sweep.processes if args.processes is None else args.processes
     sweep.check(args.file)
+    # Workers inherit it: the Trainer would split every batch over all GPUs that it sees.
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     with resumable(lambda: ""):
         _work(sweep, args)
 
 
 def _work(sweep: Sweep, args: argparse.Namespace) -> None:
-    failed: list[str] = []
+    until, failed = time.monotonic() + args.seconds, set()
     for stage in ("grid", "final") if not args.report else ():
         runs = planned(sweep)
         if stage == "final":
-            earlier = earlier_rows(sweep)
-            runs = finals(sweep, [row for run in runs if (row := row_of(run, sweep.metric, earlier))])
-        for run, error in do(sweep, runs):
+            runs = finals(sweep, _rows(sweep, runs))
+        for run, error in do(sweep, runs, until):
             row = row_of(run, sweep.metric)
             value = "failed" if row is None else "diverged" if row["value"] is None else f"{row['value']:.4f}"
-            print(f"{run.folder.name:40} {sweep.metric} {value}{f' ({error})' if error else ''}", flush=True)
+            print(f"{run.label:40} {sweep.metric} {value}{f' ({error})' if error else ''}", flush=True)
             if error:
-                failed.append(run.folder.name)
+                failed.add(run.label)
             else:
                 report(sweep, args.file)
-    content = report(sweep, args.file)
-    for name, best in content["best"].items():
-        edge = f", at the edge of {', '.join(best['at_edge'])}" if best["at_edge"] else ""
-        print(f"best {name:20} {best['point']} {best['value']:.4f}{edge}")
+        earlier = earlier_rows(sweep)
+        left = [run for run in runs if run.label not in failed and row_of(run, sweep.metric, earlier) is None]
+        if left:
+            more = ", and those at length" if stage == "grid" and sweep.final else ""
+            print(f"{args.seconds:g} seconds are over; runs left: {len(left)}{more}; the same command goes on")
+            break
+    if args.report or _rows(sweep, planned(sweep)):
+        show(report(sweep, args.file))
     if failed:
-        raise UserError(f"{len(failed)} runs failed, see run.log in {sweep.output}: {', '.join(failed)}")
+        raise UserError(f"{len(failed)} runs failed, see run.log in {sweep.output}: {', '.join(sorted(failed))}")
 
 
 if __name__ == "__main__":

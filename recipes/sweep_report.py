@@ -1,4 +1,4 @@
-"""Figures of a sweep: the metric over the learning rate, heat maps, how it is spread over the grid; state against loss.
+"""What a sweep found: its results read and checked, the best points, and figures of them.
 
     python -m recipes.sweep_report RESULTS.json ... --output FIGURE.png
 
@@ -12,11 +12,82 @@ import io
 import itertools
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from recipes.common import UserError, run_main, write_bytes
+from recipes.provenance import check_sealed, origins
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The results of a sweep, each row checked against its digest and the best points taken anew from the rows.
+
+    Raises:
+        UserError: no such results, or a row that was edited; the message names it.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        rows = [*content["runs"], *content["finals"]]
+        if not all("key" in row for row in rows):
+            raise KeyError("key")
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"results: {path} is not what recipes/sweep.py writes ({error!r}); remove it or name another"
+        ) from error
+    for row in rows:
+        check_sealed(row, f"results: {path}")
+    best, seeds = best_points(content["runs"], content["metric"]), over_seeds(content["finals"])
+    return {**content, "best": best, "over_seeds": seeds, "origins": origins(rows)}
+
+
+def best_points(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, dict[str, Any]]:
+    """Of each optimizer the point with the best mean over its seeds: name -> point, value, at_edge (the axes at whose
+    end it lies, where a better one may lie outside)."""
+    best: dict[str, dict[str, Any]] = {}
+    worst = -math.inf if larger_is_better(metric) else math.inf
+    for name in dict.fromkeys(row["run"] for row in rows):
+        own = [row for row in rows if row["run"] == name]
+        points: dict[str, list[float]] = {}
+        for row in own:
+            value = row["value"] if row["value"] is not None else worst
+            points.setdefault(json.dumps(row["point"], sort_keys=True), []).append(value)
+        means = {key: statistics.fmean(values) for key, values in points.items()}
+        chosen = (max if larger_is_better(metric) else min)(means, key=lambda key: means[key])
+        point = next(row["point"] for row in own if json.dumps(row["point"], sort_keys=True) == chosen)
+        best[name] = {"point": point, "value": means[chosen], "at_edge": _edges(point, own)}
+    return best
+
+
+def _edges(point: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The axes of numbers at whose smallest or largest value the point lies."""
+    tried = {axis: {row["point"][axis] for row in rows} for axis, x in point.items() if isinstance(x, int | float)}
+    return [axis for axis, values in tried.items() if len(values) > 1 and point[axis] in (min(values), max(values))]
+
+
+def over_seeds(finals: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of each optimizer's runs at length how many there are, their mean, least and largest; None where one diverged."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(row["run"] for row in finals):
+        values = [row["value"] for row in finals if row["run"] == name]
+        figures = [None] * 3 if None in values else [statistics.fmean(values), min(values), max(values)]
+        found[name] = {"seeds": len(values), **dict(zip(("mean", "min", "max"), figures, strict=True))}
+    return found
+
+
+def show(content: Mapping[str, Any]) -> None:
+    """Print the best point of each optimizer, and its mean and range over the seeds at length."""
+    for name, best in content["best"].items():
+        edge = f", at the edge of {', '.join(best['at_edge'])}" if best["at_edge"] else ""
+        seeds = content["over_seeds"].get(name)
+        spread = ""
+        if seeds is not None:
+            figures = "diverged" if seeds["mean"] is None else "{mean:.4f} ({min:.4f} to {max:.4f})".format(**seeds)
+            spread = f"; {seeds['seeds']} seed{'s' * (seeds['seeds'] > 1)}: {figures}"
+        print(f"best {name:20} {best['point']} {best['value']:.4f}{edge}{spread}")
+    if content["origins"]:
+        print(content["origins"])
 
 
 def _figure(width: float, height: float) -> Any:
@@ -202,13 +273,7 @@ def main() -> None:
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS.json")
     parser.add_argument("--output", type=Path, required=True, metavar="FIGURE.png")
     args = parser.parse_args()
-    contents = []
-    for path in args.results:
-        try:
-            contents.append(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} must be the results of recipes/sweep.py: {error}") from error
-    pareto(contents, args.output)
+    pareto([read_results(path) for path in args.results], args.output)
     print(args.output)
 
 

@@ -58,7 +58,7 @@ def test_a_table_without_a_record_is_an_error(name: str, message: str) -> None:
 
 def row(run: str, rate: float, value: float | None, seed: int = 0, state: int = 2_000_000) -> dict[str, Any]:
     point = {"learning_rate": rate}
-    return {"run": run, "point": point, "seed": seed, "value": value, "optimizer_state_bytes": state, "cpu": "a CPU"}
+    return {"run": run, "point": point, "seed": seed, "value": value, "optimizer_state_bytes": state, "device": "a CPU"}
 
 
 def test_the_table_of_a_sweep() -> None:
@@ -77,6 +77,7 @@ def test_the_table_of_a_sweep() -> None:
         "best": best,
         "runs": [*ours, *theirs],
         "finals": finals,
+        "origins": "Rows of 2 commits (a, b).",
         "command": "run it",
     }
     assert sweep(record).splitlines() == [
@@ -85,7 +86,8 @@ def test_the_table_of_a_sweep() -> None:
         "| ours | 0.01 | 1.625 (1.500 to 1.750) | 0.812 | 1 of 5 | 1,234 |",
         "| theirs | 0.5 (edge) | 1.750 | - | 0 of 1 | 2,000 |",
         "",
-        "The best point of each optimizer's grid, then 2 seeds of it: mean and range. a CPU. `run it`",
+        "The best point of each optimizer's grid, then 2 seeds of it: mean and range. a CPU. "
+        "Rows of 2 commits (a, b). `run it`",
     ]
     finals[1]["value"] = None
     assert "| ours | 0.01 | diverged | 0.812 | 2 of 5 | 1,234 |" in sweep(record)

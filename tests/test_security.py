@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from hf_sai import SaITrainer, SaITrainingArguments
-from recipes.common import UserError, machine, run_record, versions
+from recipes.common import UserError, machine, versions
 from recipes.compare import compare
 from recipes.data import E2EData, Row, load_e2e
 from recipes.demo import sentences
@@ -26,6 +26,7 @@ from recipes.gpt2_lora_e2e import E2EArguments, model_card, run
 from recipes.gpt2_pretrain import read_config
 from recipes.models import load_model
 from recipes.optimizers import RecipeArguments
+from recipes.provenance import run_record
 from recipes.toy_e2e import write_sample
 
 ROOT = Path(__file__).parents[1]

@@ -26,7 +26,6 @@ from recipes.common import (
     parse_config,
     public_settings,
     run_main,
-    run_record,
     versions,
     write_json,
     write_text,
@@ -39,6 +38,7 @@ from recipes.optimizers import (
     build_optimizer_and_scheduler,
     trainer_optimizer,
 )
+from recipes.provenance import run_record
 
 # peft 0.21 reads an attribute that transformers 5.23 deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

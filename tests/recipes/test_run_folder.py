@@ -382,6 +382,6 @@ def test_ctrl_c_in_a_sweep_ends_its_workers_and_the_same_command_goes_on(tmp_pat
     sweep |= {"grid": {"learning_rate": [1e-3, 1e-4]}, "output": str(tmp_path / "out"), "results": str(tmp_path / "r")}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
     words = ["-m", "recipes.sweep", str(tmp_path / "sweep.yaml")]
-    both = [tmp_path / "out" / f"a_{rate}" for rate in ("0.001", "0.0001")]
-    said = ended_by_ctrl_c(words, lambda: all(any(path.glob("checkpoint-*5")) for path in both))
+    both = [f"a_{rate}_seed0_*/checkpoint-*5" for rate in ("0.001", "0.0001")]
+    said = ended_by_ctrl_c(words, lambda: all(any((tmp_path / "out").glob(pattern)) for pattern in both))
     assert said == f"interrupted; resume with: python -m recipes.sweep {tmp_path / 'sweep.yaml'}"

@@ -1,5 +1,7 @@
 """The sweep: which runs it plans, what it takes for the best, that it goes on where it stopped, and real runs."""
 
+import hashlib
+import importlib
 import json
 import math
 import os
@@ -14,18 +16,12 @@ import pytest
 import yaml
 
 from hf_sai import SGDSaI
-from recipes import common, optimizers
+from recipes import common, optimizers, provenance, sweep_report
 from recipes import sweep as engine
-from recipes.classifier import ClassifierArguments
-from recipes.common import UserError, parse_config, write_json
-from recipes.gpt2_lora_e2e import E2EArguments
-from recipes.gpt2_pretrain import read_config
-from recipes.image_data import ImageArguments
-from recipes.image_models import ImageModelArguments
-from recipes.lstm_text import LSTMArguments
-from recipes.optimizers import RecipeArguments
-from recipes.sweep import Sweep, best_points, do, finals, planned, report, row_of
-from recipes.sweep_report import curves, larger_is_better, pareto, pareto_front
+from recipes.common import UserError, machine, parse_config, versions, write_json
+from recipes.gpt2_pretrain import ModelArguments, PretrainArguments
+from recipes.sweep import Sweep, do, finals, planned, report
+from recipes.sweep_report import best_points, curves, larger_is_better, pareto, pareto_front, read_results
 
 
 def content(folder: Path, **changes):
@@ -46,26 +42,25 @@ def content(folder: Path, **changes):
 def read(folder: Path, **changes) -> Sweep:
     (folder / "s.yaml").write_text(yaml.safe_dump(content(folder, **changes)))
     if not (folder / "base.yaml").exists():
-        (folder / "base.yaml").write_text("seed: 0\ntrain_files: [a/b.txt]\n")
+        (folder / "text.txt").write_text("a text")
+        (folder / "base.yaml").write_text(f"seed: 0\ntrain_files: [{folder}/text.txt]\ntokenizer: train\n")
     return Sweep.read(folder / "s.yaml")
 
 
 def test_plan_takes_turns_between_optimizers_and_tells_each_run_its_options(tmp_path):
     sweep = read(tmp_path, seeds=[0, 1], grid={"learning_rate": [1e-3], "weight_decay": [0.0, 0.1]})
     runs = planned(sweep)
-    assert [run.folder.name for run in runs] == [
-        *("ours_0.001_0.0", "theirs_0.5_0.0", "ours_0.001_0.0_seed1", "theirs_0.5_0.0_seed1"),
-        *("ours_0.001_0.1", "theirs_0.5_0.1", "ours_0.001_0.1_seed1", "theirs_0.5_0.1_seed1"),
-        *("theirs_1.0_0.0", "theirs_1.0_0.0_seed1", "theirs_1.0_0.1", "theirs_1.0_0.1_seed1"),
+    assert [run.label for run in runs] == [
+        *("ours_0.001_0.0_seed0", "theirs_0.5_0.0_seed0", "ours_0.001_0.0_seed1", "theirs_0.5_0.0_seed1"),
+        *("ours_0.001_0.1_seed0", "theirs_0.5_0.1_seed0", "ours_0.001_0.1_seed1", "theirs_0.5_0.1_seed1"),
+        *("theirs_1.0_0.0_seed0", "theirs_1.0_0.0_seed1", "theirs_1.0_0.1_seed0", "theirs_1.0_0.1_seed1"),
     ]
-    assert runs[0].options == {
-        "max_steps": 3,
-        "optim": "sgd_sai",
-        "learning_rate": 1e-3,
-        "weight_decay": 0.0,
-        "seed": 0,
-    }
-    assert runs[0].words("base.yaml")[:3] == ["--config", "base.yaml", f"--output_dir={runs[0].folder}"]
+    options = {"max_steps": 3, "optim": "sgd_sai", "learning_rate": 1e-3, "weight_decay": 0.0, "seed": 0}
+    assert runs[0].options == options
+    words = [f"--{key}={value}" for key, value in options.items()]
+    base = str(tmp_path / "base.yaml")
+    assert runs[0].words(tmp_path) == ["--config", base, f"--output_dir={tmp_path}", *words]
+    assert runs[0].command == " ".join(["python -m recipes.gpt2_pretrain --config base.yaml", *words])
 
 
 def row(run: str, rate: float, value: float | None, seed: int = 0) -> dict:
@@ -81,6 +76,8 @@ def test_best_is_the_best_mean_over_seeds_and_says_when_it_lies_at_the_edge():
     best = best_points(rows, "eval_loss")
     assert best["a"] == {"point": {"learning_rate": 2.0}, "value": pytest.approx(3.6), "at_edge": []}
     assert best["b"]["at_edge"] == ["learning_rate"]
+    assert best_points(rows[-1:], "eval_loss")["b"]["at_edge"] == [], "one value is no grid"
+    assert best_points(rows[-2:], "eval_loss")["b"]["at_edge"] == ["learning_rate"]
     assert best_points(rows, "final.eval_top1")["b"]["point"] == {"learning_rate": 3.0}
     assert larger_is_better("final.eval_top1")
     assert not larger_is_better("eval_loss")
@@ -96,15 +93,16 @@ def made(tmp_path, monkeypatch):
     """A sweep whose runs are stood in for, in this process: the loss is a known function of the learning rate."""
     started: list[str] = []
 
-    def stand_in(recipe, base, run):
-        started.append(run.folder.name)
-        write_json(run.folder / engine.SETTINGS, run.settings)
+    def stand_in(run):
+        started.append(run.label)
         rate = float(run.options["learning_rate"])
         if rate == 0.5:
             return "ValueError: no"
         loss = math.nan if rate >= 1 else 3 + abs(math.log10(rate) + 2) + run.seed
         record = {"final": {"eval_loss": loss}, "diverged": rate >= 1, "steps": run.options["max_steps"]}
-        write_json(run.folder / "record.json", record | {"optimizer_state_bytes": 8, "speed": {"step_ms": 1.5}})
+        record |= {"optimizer_state_bytes": 8, "speed": {"step_ms": 1.5}, "data_digests": run.settings["data"]}
+        origin = {"commit": "c" * 40, "clean": True, "machine": machine(), "versions": versions(), "device": "a CPU"}
+        write_json(run.folder / "record.json", record | origin)
         return None
 
     class Now:
@@ -128,58 +126,69 @@ def made(tmp_path, monkeypatch):
 
     monkeypatch.setattr(engine, "perform", stand_in)
     monkeypatch.setattr(engine, "ProcessPoolExecutor", Now)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the sweep sets it: as it was, after the test
     return started
 
 
 def test_sweep_goes_on_where_it_stopped_and_repeats_the_best_at_length(tmp_path, made, monkeypatch, capsys):
     sweep = read(tmp_path, final={"options": {"max_steps": 9}, "seeds": [0, 1], "records": True})
     monkeypatch.setattr("sys.argv", ["sweep.py", str(tmp_path / "s.yaml")])
-    with pytest.raises(UserError, match=r"1 runs failed, see run.log in .*: theirs_0.5"):
+    with pytest.raises(UserError, match=r"1 runs failed, see run.log in .*: theirs_0.5_seed0"):
         engine.main()
     assert made == [
-        *("ours_1e-3", "theirs_0.5", "ours_1e-2", "theirs_1.0", "ours_1e-1"),
-        *("ours_1e-2_final", "ours_1e-2_seed1_final", "theirs_1.0_final", "theirs_1.0_seed1_final"),
+        *("ours_1e-3_seed0", "theirs_0.5_seed0", "ours_1e-2_seed0", "theirs_1.0_seed0", "ours_1e-1_seed0"),
+        *("ours_1e-2_seed0_final", "ours_1e-2_seed1_final", "theirs_1.0_seed0_final", "theirs_1.0_seed1_final"),
     ]
     found = json.loads((tmp_path / "results" / "name.json").read_text())
     assert found["best"]["ours"] == {"point": {"learning_rate": 0.01}, "value": 3.0, "at_edge": []}
     assert [r["value"] for r in found["runs"]] == [4.0, 3.0, None, 4.0]
-    assert found["base_options"] == {"seed": 0}  # and no path of this machine
+    assert str(tmp_path) not in json.dumps(found)
+    assert found["over_seeds"]["ours"] == {"seeds": 2, "mean": 3.5, "min": 3.0, "max": 4.0}
+    assert found["over_seeds"]["theirs"] == {"seeds": 2, "mean": None, "min": None, "max": None}
     assert [(r["run"], r["seed"], r["steps"], r["value"]) for r in found["finals"]] == [
         *(("ours", 0, 9, 3.0), ("ours", 1, 9, 4.0), ("theirs", 0, 9, None), ("theirs", 1, 9, None)),
     ]
     assert (tmp_path / "results" / "name.png").stat().st_size > 1000
     assert json.loads((tmp_path / "results" / "name_ours.json").read_text())["steps"] == 9
-    assert "diverged" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "best ours                 {'learning_rate': 0.01} 3.0000; 2 seeds: 3.5000 (3.0000 to 4.0000)\n" in out
+    assert "best theirs               {'learning_rate': 1.0} inf; 2 seeds: diverged\n" in out
 
     made.clear()
     with pytest.raises(UserError, match="1 runs failed"):
         engine.main()
-    assert made == ["theirs_0.5"]  # every record is there; only what failed is tried again
+    assert made == ["theirs_0.5_seed0"]  # every record is there; only what failed is tried again
     assert [run.seed for run in finals(sweep, found["runs"])] == [0, 1, 0, 1]
 
     made.clear()
     shutil.rmtree(tmp_path / "out")  # another machine, where only the results are
     with pytest.raises(UserError, match="1 runs failed"):
         engine.main()
-    assert made == ["theirs_0.5"]
+    assert made == ["theirs_0.5_seed0"]
     assert json.loads((tmp_path / "results" / "name.json").read_text())["runs"] == found["runs"]
     sweep.options["max_steps"] = 4  # a row made with other options does not count
-    shutil.rmtree(tmp_path / "out")
     assert len(list(do(sweep, planned(sweep)))) == 5
 
 
-@pytest.mark.parametrize("change", ["base", "default", "rule"])
-def test_a_row_of_another_base_or_default_is_not_reused(tmp_path, made, monkeypatch, change):
+OURS = ["ours_1e-3_seed0", "ours_1e-2_seed0", "ours_1e-1_seed0"]
+THEIRS = ["theirs_0.5_seed0", "theirs_1.0_seed0"]
+
+
+@pytest.mark.parametrize("outputs_stay", [True, False])
+@pytest.mark.parametrize(
+    "change", ["nothing", "base", "data", "default", "rule", "constant", "default of all", "Adam", "commit"]
+)
+def test_after_a_change_exactly_the_rows_concerned_are_made_again(tmp_path, made, monkeypatch, change, outputs_stay):
     sweep = read(tmp_path)
     list(do(sweep, planned(sweep)))
     report(sweep, "s.yaml")
     made.clear()
-    list(do(sweep, planned(sweep)))
-    assert made == ["theirs_0.5"], "it failed; the others are there"
-    made.clear()
-    shutil.rmtree(tmp_path / "out")
+    if not outputs_stay:
+        shutil.rmtree(tmp_path / "out")
     if change == "base":
-        (tmp_path / "base.yaml").write_text("seed: 0\ntrain_files: [a/c.txt]\n")
+        (tmp_path / "base.yaml").write_text((tmp_path / "base.yaml").read_text() + "warmup_fraction: 0.1\n")
+    elif change == "data":
+        (tmp_path / "text.txt").write_text("a tent")
     elif change == "default":
 
         class Other(SGDSaI):
@@ -187,36 +196,127 @@ def test_a_row_of_another_base_or_default_is_not_reused(tmp_path, made, monkeypa
                 """The same optimizer with another default."""
 
         monkeypatch.setattr(optimizers, "SGDSaI", Other)
-    else:
+    elif change == "rule":
         monkeypatch.setattr(optimizers.calibration, "WINDOW", 61)
+    elif change == "constant":
+        monkeypatch.setitem(optimizers.FIXED["sgdm"], "momentum", 0.95)
+    elif change == "default of all":
+        monkeypatch.setattr(ModelArguments.__dataclass_fields__["dropout"], "default", 0.1)
+    elif change == "Adam":  # neither has its betas
+        monkeypatch.setattr(PretrainArguments.__dataclass_fields__["adam_beta2"], "default", 0.95)
+    elif change == "commit":
+        monkeypatch.setattr(provenance, "commit", lambda: ("d" * 40, True))
     list(do(sweep, planned(sweep)))
-    ours = ["ours_1e-3", "ours_1e-2", "ours_1e-1"]
-    everything = ["ours_1e-3", "theirs_0.5", "ours_1e-2", "theirs_1.0", "ours_1e-1"]
-    assert made == everything if change == "base" else set(made) == {*ours, "theirs_0.5"}
+    again = {"default": OURS, "rule": OURS, "constant": THEIRS}
+    again |= {key: [*OURS, *THEIRS] for key in ("base", "data", "default of all")}
+    assert set(made) == {*again.get(change, []), "theirs_0.5_seed0"}, "that one fails and has no row"
+
+
+def test_the_key_holds_every_default_that_decides(tmp_path, monkeypatch):
+    sweep = read(tmp_path, runs={"Adam": {"options": {"optim": "adamw_torch_fused"}}, "ours": {}})
+    before = [run.key for run in planned(sweep)[:2]]
+    monkeypatch.setattr(PretrainArguments.__dataclass_fields__["adam_beta2"], "default", 0.95)
+    after = [run.key for run in planned(sweep)[:2]]
+    assert (before[0] == after[0], before[1] == after[1]) == (False, True)
+    assert planned(sweep)[0].settings["optimizer"]["adam_beta2"] == 0.95
+    monkeypatch.setattr(PretrainArguments.__dataclass_fields__["weight_decay"], "default", 0.5)
+    assert [run.key for run in planned(sweep)[:2]] != after
+
+
+def test_an_edited_row_is_an_error_that_names_it(tmp_path, made, monkeypatch):
+    sweep = read(tmp_path)
+    list(do(sweep, planned(sweep)))
+    report(sweep, "s.yaml")
+    path = tmp_path / "results" / "name.json"
+    content = json.loads(path.read_text())
+    assert common.finite(read_results(path)) == content
+    content["best"]["ours"]["value"] = 1.0  # taken anew from the rows
+    write_json(path, content)
+    assert read_results(path)["best"]["ours"]["value"] == 3.0
+    next(row for row in content["runs"] if row["point"] == {"learning_rate": 0.001})["value"] = 2.5
+    write_json(path, content)
+    edited = r"name.json: the row of 'ours' \(learning_rate 0.001, seed 0\) was edited: .* remove the row and run"
+    monkeypatch.setattr("sys.argv", ["sweep.py", str(tmp_path / "s.yaml")])
+    with pytest.raises(UserError, match=edited):
+        engine.main()
+    monkeypatch.setattr("sys.argv", ["sweep.py", str(tmp_path / "s.yaml"), "--report"])
+    with pytest.raises(UserError, match=edited):
+        engine.main()
+    monkeypatch.setattr("sys.argv", ["sweep_report.py", str(path), "--output", str(tmp_path / "pareto.png")])
+    with pytest.raises(UserError, match=edited):
+        sweep_report.main()
+    assert json.loads(path.read_text()) == content
+
+
+def test_every_recorded_sweep_is_as_it_was_written():
+    for path in (CONFIGS.parent / "results").glob("*.json"):
+        if "sweep" in json.loads(path.read_text(encoding="utf-8")):
+            read_results(path)
+
+
+def test_rows_of_several_origins_are_said_in_one_line_and_keep_theirs(tmp_path, made, monkeypatch, capsys):
+    sweep = read(tmp_path)
+    list(do(sweep, planned(sweep)[:1]))
+    assert report(sweep, "s.yaml")["origins"] == ""
+    record = next((tmp_path / "out").glob("*/record.json"))
+    other = json.loads(record.read_text())
+    other |= {"commit": "d" * 40, "clean": False, "device": "a GPU", "versions": other["versions"] | {"torch": "9.0"}}
+    write_json(record, other | {"machine": other["machine"] | {"cores": 99}})
+    report(sweep, "s.yaml")
+    shutil.rmtree(tmp_path / "out")
+    list(do(sweep, planned(sweep)))
+    content = report(sweep, "s.yaml")
+    torch = versions()["torch"]
+    said = f"Rows of 2 commits (ccccccc, ddddddd with changes); torch {torch} and 9.0; 2 machines (a CPU, a GPU)."
+    assert content["origins"] == said
+    assert content["runs"][0]["machine"]["cores"] == 99 != content["runs"][1]["machine"]["cores"]
+    assert "machine" not in content
+    monkeypatch.setattr("sys.argv", ["sweep.py", str(tmp_path / "s.yaml"), "--report"])
+    engine.main()
+    assert capsys.readouterr().out.splitlines()[-1] == said
+
+
+def test_after_the_seconds_given_no_run_starts(tmp_path, made, monkeypatch, capsys):
+    read(tmp_path, final={"seeds": [0]}, runs={"ours": {"options": {"optim": "sgd_sai"}}})
+    monkeypatch.setattr("sys.argv", ["sweep.py", str(tmp_path / "s.yaml"), "--seconds", "2.5"])
+    clock = iter([0.0, 1.0, 2.0, 3.0, 4.0, 5.0])  # the start of the sweep, then before each run
+    monkeypatch.setattr(engine.time, "monotonic", lambda: next(clock))
+    engine.main()
+    assert made == OURS[:2]
+    out = capsys.readouterr().out
+    assert "2.5 seconds are over; runs left: 1, and those at length; the same command goes on\n" in out
+    assert len(json.loads((tmp_path / "results" / "name.json").read_text())["runs"]) == 2
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--seconds", "0"], r"--seconds must be above 0, got 0"), (["--processes", "0"], r"processes must be .* got 0")],
+)
+def test_options_of_the_command_are_checked(tmp_path, monkeypatch, words, message):
+    read(tmp_path)
+    monkeypatch.setattr("sys.argv", ["sweep.py", str(tmp_path / "s.yaml"), *words])
+    with pytest.raises(UserError, match=message):
+        engine.main()
 
 
 def test_seeds_of_the_best_do_not_repeat_the_run_of_the_grid(tmp_path, made, monkeypatch):
     read(tmp_path, final={"seeds": [0, 1]}, runs={"ours": {"options": {"optim": "sgd_sai"}}})
     monkeypatch.setattr("sys.argv", ["sweep.py", str(tmp_path / "s.yaml")])
     engine.main()
-    assert made == ["ours_1e-3", "ours_1e-2", "ours_1e-1", "ours_1e-2_seed1_final"]
+    assert made == [*OURS, "ours_1e-2_seed1_final"]
     found = json.loads((tmp_path / "results" / "name.json").read_text())
     assert [(row["seed"], row["value"]) for row in found["finals"]] == [(0, 3.0), (1, 4.0)]
 
 
-@pytest.mark.parametrize("finished", [False, True])
-def test_a_run_with_other_settings_is_not_taken_over(tmp_path, made, finished):
+def test_data_that_changed_during_a_run_are_an_error(tmp_path, made):
     sweep = read(tmp_path)
     run = planned(sweep)[0]
-    if finished:  # by a version that kept no settings
-        write_json(run.folder / "record.json", {"final": {"eval_loss": 1.0}})
-    else:
-        write_json(run.folder / "sweep_settings.json", run.settings | {"recipe": "lstm_text"})
-    with pytest.raises(UserError, match=r"ours_1e-3 holds a run with other settings; remove it"):
-        list(do(sweep, [run]))
-    assert row_of(run, "final.eval_loss") is None
     with pytest.raises(UserError, match=r"no run of s.yaml has ended yet"):
         report(sweep, "s.yaml")
+    write_json(run.folder / "record.json", {"data_digests": {"train_files": "other"}})
+    with pytest.raises(UserError, match=r"the data of .*ours_1e-3_seed0_\w{16} changed before it ended; remove it"):
+        list(do(sweep, [run]))
 
 
 def test_heat_map_and_pareto_figures_are_drawn(tmp_path, made):
@@ -259,17 +359,9 @@ def test_every_shipped_sweep_plans_runs_that_its_recipe_takes(path: Path, tmp_pa
     assert path.stem in sweep.results
     runs = planned(sweep)
     rows = [{"run": r.name, "point": r.point, "seed": r.seed, "value": 1.0} for r in runs]
+    types = importlib.import_module(engine.RECIPES[sweep.recipe][0]).CONFIG_TYPES
     for run in [*runs, *finals(sweep, rows)]:
-        run.folder = tmp_path / run.folder.name
-        words = run.words(sweep.base)
-        if sweep.recipe == "gpt2_pretrain":
-            read_config(words)
-        elif sweep.recipe == "gpt2_lora_e2e":
-            parse_config([E2EArguments, RecipeArguments], words)
-        elif sweep.recipe == "lstm_text":
-            parse_config([LSTMArguments, ClassifierArguments], words)
-        else:
-            parse_config([ImageArguments, ImageModelArguments, ClassifierArguments], words)
+        parse_config(types, run.words(tmp_path))
 
 
 def test_two_real_runs_in_a_process_of_their_own(tmp_path):
@@ -300,8 +392,26 @@ def test_two_real_runs_in_a_process_of_their_own(tmp_path):
     one = {"options": {"optim": "sgd_sai"}, "grid": {"learning_rate": [1e-3]}}
     sweep = read(tmp_path, base=str(tmp_path / "base.yaml"), runs={"a": one, "b": one}, options={}, seeds=[0, 1])
     assert [error for _, error in do(sweep, planned(sweep))] == [None] * 4
-    values = {(r["run"], r["seed"]): r["value"] for r in report(sweep, "s.yaml")["runs"]}
-    assert values["a", 0] == values["b", 0] != values["a", 1]
+    rows = {(r["run"], r["seed"]): r for r in report(sweep, "s.yaml")["runs"]}
+    assert rows["a", 0]["value"] == rows["b", 0]["value"] != rows["a", 1]["value"]
+    row = rows["a", 1]
+    groups = row["optimizer"]["groups"]
+    assert row["optimizer"]["class"] == "hf_sai.optimizer.SGDSaI"
+    assert {(g["lr"], g["momentum"], g["scaling"]) for g in groups} == {(1e-3, 0.9, "adamw")}
+    assert sum(group["tensors"] for group in groups) == 16  # of a GPT-2 of one layer
+    assert row["settings"]["base"]["vocab_size"] == 300
+    assert row["settings"]["options"] == {"optim": "sgd_sai", "learning_rate": 1e-3, "seed": 1}
+    digest = hashlib.sha256(text.read_bytes()).hexdigest()[:16]
+    assert row["data_digests"] == {"train_files": digest, "tokenizer": "train"}
+    assert len(row["tokenizer_digest"]) == 16
+    assert row["device"] == row["machine"]["cpu"]
+    assert row["machine"]["torch_threads"] == 1
+    assert row["versions"] == versions()
+    assert (row["commit"], row["clean"]) == provenance.commit()
+    assert row["started"] <= row["finished"] <= provenance._now()
+    assert all(len(row["load_average"][when]) == 3 for when in ("start", "end"))
+    assert row["command"].endswith("--optim=sgd_sai --learning_rate=0.001 --seed=1")
+    assert str(tmp_path) not in json.dumps(row)
 
 
 KILLED = """
