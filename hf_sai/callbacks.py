@@ -96,7 +96,7 @@ class GSNRCallback(TrainerCallback):
             self._log(values, args, state, control, **kwargs)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # Trainer.evaluate logs too, before training there is nothing to tell.
+        # Trainer.evaluate also logs; before training there is nothing to log.
         if kwargs["optimizer"] is not None:
             self._log_new_blocks(args, state, control, **kwargs)
 
@@ -127,7 +127,7 @@ class GSNRCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Keep the values as ``Trainer.log`` would, and tell its reporters."""
+        """Keep the values as ``Trainer.log`` would, and send them to its reporters."""
         if state.epoch is not None:
             values["epoch"] = state.epoch
         state.log_history.append({**values, "step": state.global_step})

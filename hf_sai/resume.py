@@ -34,8 +34,9 @@ class ResumingTrainer(Trainer):
             for what in ("optimizer", "scheduler"):
                 if not any(Path(resume_from_checkpoint).glob(f"*{what}*")):
                     raise ValueError(
-                        f"resume_from_checkpoint {str(resume_from_checkpoint)!r} holds no {what} state; to train on "
-                        "from its weights alone load them with from_pretrained and leave resume_from_checkpoint out"
+                        f"resume_from_checkpoint {str(resume_from_checkpoint)!r} holds no {what} state; to "
+                        "continue from its weights alone load them with from_pretrained and leave out "
+                        "resume_from_checkpoint"
                     )
         return super().train(resume_from_checkpoint, *rest, **kwargs)
 
@@ -43,7 +44,7 @@ class ResumingTrainer(Trainer):
         """As ``Trainer``'s, with every weight accounted for.
 
         transformers 5 saves some models (ViT) under their old names and looks for the new ones on resuming; it then
-        only logs that weights are missing, and trains on from fresh ones. ``from_pretrained`` knows both names.
+        only logs that weights are missing, and trains from fresh ones. ``from_pretrained`` knows both names.
 
         Raises:
             ValueError: weights are missing and the model has no ``from_pretrained``.
