@@ -88,12 +88,14 @@ def records() -> str:
     rows = ["| record | made by | machine | torch |", "| --- | --- | --- | --- |"]
     for path in sorted(RESULTS.glob("**/*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record, dict):
+            record = {}
         machine = record.get("machine") or {}
         runs = [run for run in record.get("runs") or () if isinstance(run, dict)]
         cpus = dict.fromkeys(str(run["cpu"]) for run in runs if "cpu" in run)
         cells = [
             f"`{path.relative_to(RESULTS)}`",
-            next((str(record[key]) for key in ("command", "recipe", "benchmark") if record.get(key)), "-"),
+            next((f"`{record[key]}`" for key in ("command", "recipe", "benchmark") if record.get(key)), "-"),
             ", ".join([*machine.get("gpus", ()), *([machine["cpu"]] if "cpu" in machine else cpus)]) or "-",
             str((record.get("versions") or {}).get("torch", "-")),
         ]

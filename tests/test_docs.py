@@ -112,10 +112,10 @@ def test_the_site_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
     pages = {path: path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.html")}
     loaded = re.compile(r"""<(?:script|img|iframe|link)\b[^>]*\b(?:src|href)=["']?(?:https?:)?//""")
     assert {path: found for path, page in pages.items() if (found := loaded.findall(page))} == {}
-    api = pages[tmp_path / "api" / "index.html"]
+    api = pages[tmp_path / "api.html"]
     assert [name for name in NAMES if f'id="{name}"' not in api] == []
     assert not re.search(r":(?:class|func|meth|mod):", api)
-    results = pages[tmp_path / "results" / "index.html"]
+    results = pages[tmp_path / "results.html"]
     assert [path for path in hooks.RESULTS.glob("*.json") if path.name not in results] == []
 
 
