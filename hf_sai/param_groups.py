@@ -38,13 +38,13 @@ def param_groups(
         decay_parameters: names of the parameters to decay, instead of that rule. Names that the model lacks are
             ignored: the Trainer's list holds every name of a tied weight.
         token_modules: names of further modules whose ``weight``, ``(tokens, features)``, has a row for each token,
-            such as the untied output layer of a model of your own.
+            such as the untied output layer of a custom model.
 
     Returns:
         One to four groups: decayed, decayed token rows, undecayed, undecayed token rows.
 
     Raises:
-        ValueError: if no parameter is trained, or a name in ``token_modules`` is no module with such a weight.
+        ValueError: if no parameter is trained, or ``token_modules`` names anything but a module with such a weight.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 2))

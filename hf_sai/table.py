@@ -39,8 +39,8 @@ class GSNRRow(NamedTuple):
 def gsnr_table(optimizer: Any, model: nn.Module) -> list[GSNRRow]:
     """The g-SNR and scale of every block that the optimizer trains, in the model's order.
 
-    g-SNR is equation 11 of the paper (arXiv 2412.11768). It costs one host synchronisation. Where scales are sharded
-    (FSDP2, TP) they are gathered, so all processes must call this together.
+    g-SNR is equation 11 of the paper (arXiv 2412.11768). The call costs one host synchronisation. Sharded scales
+    (FSDP2, TP) are gathered, so all processes must call this together.
 
     Args:
         optimizer: an :class:`SGDSaI`, or a wrapper that holds it as ``.optimizer`` (accelerate's).
