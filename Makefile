@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check -q -c constra
 # Tests run on two processes of one thread each: torch's own threads only fight for two cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help demo demo-diffusion test test-slow lint types format clean
+.PHONY: help demo demo-diffusion test test-slow docs lint types format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -19,17 +19,22 @@ $(VENV)/.recipes: pyproject.toml constraints.txt
 $(VENV)/.dev: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -e '.[dev]'
-	touch $@ $(VENV)/.recipes $(VENV)/.diffusion
+	touch $@ $(VENV)/.recipes $(VENV)/.diffusion $(VENV)/.docs
 
 $(VENV)/.diffusion: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -e '.[diffusion]'
 	touch $@
 
+$(VENV)/.docs: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e '.[docs]'
+	touch $@
+
 demo: $(VENV)/.recipes  ## LoRA on E2E-style data, SGD-SaI beside AdamW; DATA=folder for the real E2E set
 	$(BIN)/python -m recipes.demo $(if $(DATA),--data $(DATA))
 
-demo-diffusion: $(VENV)/.diffusion  ## concept LoRA on a toy world, optimizers at three learning rates each; goes on if killed
+demo-diffusion: $(VENV)/.diffusion  ## concept LoRA on a toy world, optimizers at three learning rates each; run it again to resume
 	$(BIN)/python -m recipes.diffusion_demo
 
 test: $(VENV)/.dev  ## the whole suite less the tests marked slow
@@ -37,6 +42,10 @@ test: $(VENV)/.dev  ## the whole suite less the tests marked slow
 
 test-slow: $(VENV)/.dev  ## the long tests
 	$(PYTEST) -m slow $(ARGS)
+
+# The variable silences a notice that mkdocs-material prints at each start; warnings of the build still fail it.
+docs: $(VENV)/.docs  ## the site, into site/; a broken link or a public name without a docstring is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lint: $(VENV)/.dev  ## ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

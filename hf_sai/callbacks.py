@@ -1,4 +1,4 @@
-"""GSNRCallback: what SGDSaI measured, and what it would measure now, in the Trainer's own logs."""
+"""GSNRCallback: what SGDSaI measured, and what it would measure now, in the Trainer's logs."""
 
 from pathlib import Path
 from typing import Any
@@ -17,38 +17,40 @@ _SCALE_FREE = ("raw", "max")
 
 
 class GSNRCallback(TrainerCallback):
-    """Logs the g-SNR and the scale of every block when it is calibrated and, if asked to, its g-SNR from then on.
+    """Logs the g-SNR and the scale of every block once it is calibrated and, with ``every``, its g-SNR from then on.
 
-    The values go into the Trainer's ``log_history`` and, through the Trainer, to ``report_to``; not to the console,
-    where hundreds of numbers would drown the loss. :class:`hf_sai.SaITrainer` hands itself to the callback, any other
-    Trainer is handed to it: ``trainer.add_callback(GSNRCallback(trainer=trainer))``. The values:
+    The values go into the Trainer's ``log_history`` and, through the Trainer, to ``report_to``. They do not go to the
+    console, where hundreds of numbers would drown the loss. :class:`hf_sai.SaITrainer` passes itself to the callback;
+    with any other Trainer call ``trainer.add_callback(GSNRCallback(trainer=trainer))``. The values, without units:
 
     - ``gsnr/<parameter name>`` and ``scale/<parameter name>``, once, at the first logging step after the calibration;
     - with ``every``, ``gsnr_now/<parameter name>``: the g-SNR of the gradient of that step as the optimizer is about to
       take it, accumulated over micro-batches and processes and clipped (which does not change g-SNR);
     - with ``every``, ``gsnr_drift/<parameter name>``: the scale that the block would get if all blocks were calibrated
-      on that step's gradients, in units of the scale that it has. Left out without SGDSaI and before the block is
+      on that step's gradients, divided by the scale that it has. Left out without SGDSaI and before the block is
       calibrated; and under AdamW's units with float16 and no clipping, where gradients are multiplied by a loss
       scale that changes.
 
     With ``every`` the measurements are also written to ``file`` in ``output_dir`` when training ends, as
-    :func:`hf_sai.monitor.build_record` describes. They are kept in ``log_history``, hence in every checkpoint: after a
-    resume the record goes on. A measurement reads each gradient twice and costs two host synchronisations.
+    :func:`hf_sai.monitor.build_record` describes. ``log_history``, and so every checkpoint, keeps them: the record of
+    a resumed run is complete. A measurement reads each gradient twice and costs two host synchronisations. g-SNR is
+    equation 11 of the paper (arXiv 2412.11768).
 
     Args:
-        every: measure at optimizer steps 1, 1 + every, 1 + 2 * every and so on; never where it is ``None``. Any
-            optimizer will do then, not only SGDSaI.
+        every: measure at optimizer steps 1, 1 + every, 1 + 2 * every and so on; ``None`` for never. With ``every`` the
+            optimizer need not be SGDSaI.
         file: the name of the record.
-        trainer: the Trainer whose reporters are told; not needed with ``SaITrainer``. Without it a stock Trainer keeps
-            the values in ``log_history`` only, and warns of that if it has reporters.
+        trainer: the Trainer whose reporters get the values; not needed with ``SaITrainer``. Without it a stock Trainer
+            keeps the values in ``log_history`` only, and logs a warning if it has reporters.
 
     Raises:
         ValueError: for ``every`` below 1; at the first measurement under DeepSpeed or FSDP1 or with
-            ``release_gradients``, where the gradients are not to be seen.
+            ``release_gradients``, which hide the gradients.
         TypeError: without ``every``, when training begins with an optimizer other than SGDSaI.
 
     Example:
         >>> trainer = SaITrainer(model, args, train_dataset=data, callbacks=[GSNRCallback(every=100)])
+        >>> trainer.train()  # writes gsnr.json into the output folder
     """
 
     def __init__(self, every: int | None = None, file: str = "gsnr.json", trainer: Trainer | None = None) -> None:
@@ -94,7 +96,7 @@ class GSNRCallback(TrainerCallback):
             self._log(values, args, state, control, **kwargs)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # Trainer.evaluate logs too, before training there is nothing to tell.
+        # Trainer.evaluate also logs; before training there is nothing to log.
         if kwargs["optimizer"] is not None:
             self._log_new_blocks(args, state, control, **kwargs)
 
@@ -125,7 +127,7 @@ class GSNRCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Keep the values as ``Trainer.log`` would, and tell its reporters."""
+        """Keep the values as ``Trainer.log`` would, and send them to its reporters."""
         if state.epoch is not None:
             values["epoch"] = state.epoch
         state.log_history.append({**values, "step": state.global_step})

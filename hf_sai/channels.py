@@ -1,4 +1,4 @@
-"""What a channel is: the part of a block that has a scale of its own under ``scaling="adamw"``.
+"""What a channel is: the part of a block that has one scale under ``scaling="adamw"``.
 
 The rows of a matrix are channels, and so are its columns: the scale of an element is made from both. A convolution is
 the matrix (outputs, inputs x kernel), a tensor of three dimensions whose last two are both at least 16 is a stack of

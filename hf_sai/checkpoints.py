@@ -21,7 +21,7 @@ logger = logging.getLogger("transformers.hf_sai")  # which shows warnings as tra
 TRAINER_STATE = "trainer_state.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _RANDOM_STATE = re.compile(r"rng_state(?:_(\d+))?\.pth")
-# What the Trainer writes and resumes from. Whatever else lies in the folder is the user's.
+# What the Trainer writes and resumes from. Any other file in the folder is the user's.
 _FILES = re.compile(
     r"(optimizer|pytorch_model_fsdp)(_\d+)?\.(pt|bin)|(scheduler|scaler)\.pt|training_args\.bin|"
     r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)|adapter_model\.(safetensors|bin)|" + _RANDOM_STATE.pattern
@@ -92,7 +92,7 @@ def remove_random_states(checkpoint: str | os.PathLike[str], *, world_size: int)
 def _missing_random_states(names: set[str]) -> list[str]:
     """Those that processes between others have not written, and that of the second where only the first has."""
     ranks = {int(m[1]) for name in names if (m := _RANDOM_STATE.fullmatch(name)) and m[1]}
-    # A run of one process does not number its own. The lowest rank is not 0 on a second machine with a disk of its own.
+    # A run of one process does not number its file. On a second machine with a separate disk the lowest rank is not 0.
     expected = {1} if ranks == {0} else set(range(min(ranks, default=0), max(ranks, default=0)))
     return [f"rng_state_{rank}.pth" for rank in sorted(expected - ranks)]
 
@@ -135,11 +135,11 @@ def atomic_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     of the default group enter and leave together. What is killed or fails inside leaves no ``folder``.
 
     Raises:
-        FileExistsError: if there is a ``folder`` already; give each checkpoint a name of its own.
+        FileExistsError: if there is a ``folder`` already; give each checkpoint a different name.
     """
     folder = Path(folder)
     if folder.exists():
-        raise FileExistsError(f"{folder} exists; give each checkpoint a name of its own")
+        raise FileExistsError(f"{folder} exists; give each checkpoint a different name")
     scratch = folder.with_name(f".{folder.name}.unfinished")
     _wait()
     if _is_first():

@@ -67,7 +67,7 @@ def block_name(group: Mapping[str, Any], index: int) -> str:
 def check_state_dict(
     groups: list[dict[str, Any]], state_dict: Mapping[str, Any], partitions: Mapping[Tensor, list[torch.Size]]
 ) -> None:
-    """Raise ValueError for a state dict that is none, or whose groups or entries do not fit the parameters.
+    """Raise ValueError for what is not a state dict, or one whose groups or entries do not fit the parameters.
 
     Args:
         groups: of the optimizer.
@@ -106,7 +106,7 @@ def _check_structure(state_dict: Mapping[str, Any]) -> tuple[list[Any], Mapping[
     if strangers:
         raise ValueError(
             f"the state dict has state for parameter {min(strangers, key=str)!r}, which none of its param groups "
-            "lists: it is damaged, or put together from two"
+            "lists: it is damaged, or merged from two"
         )
     return groups, state
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-# Programs of an environment that start Python anew by their own interpreter's `sys.executable`.
+# Programs of an environment that start another Python by their own interpreter's `sys.executable`.
 LAUNCHERS = ("accelerate", "deepspeed", "trl", "llamafactory-cli", "axolotl")
 
 # Begins the name of the folder that holds the script.

@@ -24,19 +24,20 @@ def sgd_sai_from_args(args: TrainingArguments, model: nn.Module | None = None) -
         args: ``learning_rate``, ``weight_decay`` and ``optim_args`` are read, nothing else: the Adam betas do not
             apply. ``optim_args`` is a string such as ``"momentum=0.9,momentum_dtype=bfloat16"`` or a mapping; its keys
             are the other hyper-parameters of :class:`SGDSaI`, whose defaults hold.
-        model: the model that is trained. With it the class names the parameters of the groups that a Trainer gives it,
-            and finds the token rows among them, see :func:`hf_sai.param_groups`, and a resumed run is compared with its
-            checkpoint. Without it neither is possible.
+        model: the model to train. With it the class names the parameters in the groups that a Trainer passes, finds
+            the token rows among them (see :func:`hf_sai.param_groups`) and compares a resumed run with its checkpoint.
+            Without it none of this is possible.
 
     Returns:
-        :class:`SGDSaI`, or with ``model`` a class whose instances are plain ``SGDSaI``, and its keyword arguments.
+        The class and its keyword arguments: :class:`SGDSaI`, or with ``model`` a class that makes plain ``SGDSaI``.
 
     Raises:
-        ValueError: for an unknown key or a bad value in ``optim_args``, naming it and listing what is valid; for
-            ``release_gradients=true``, which needs the optimizer's model: :func:`create_sgd_sai` and ``SaITrainer``
-            have it.
+        ValueError: for an unknown key or a bad value in ``optim_args``; the message names it and lists what is valid.
+            Also for ``release_gradients=true``, which needs the model: use :func:`create_sgd_sai` or ``SaITrainer``.
 
     Example:
+        >>> sgd_sai_from_args(TrainingArguments("out", learning_rate=2e-4, optim_args="momentum=0.95"))
+        (<class 'hf_sai.optimizer.SGDSaI'>, {'lr': 0.0002, 'weight_decay': 0.0, 'momentum': 0.95})
         >>> trainer = Trainer(model, args, optimizer_cls_and_kwargs=sgd_sai_from_args(args, model))
     """
     kwargs = kwargs_from_args(args)
@@ -51,19 +52,21 @@ def sgd_sai_from_args(args: TrainingArguments, model: nn.Module | None = None) -
 def create_sgd_sai(model: nn.Module, args: TrainingArguments, num_training_steps: int) -> tuple[SGDSaI, LRScheduler]:
     """The optimizer and the scheduler that a Trainer would make, for ``Trainer(optimizers=...)`` and bare loops.
 
-    In a loop with an ``Accelerator``, make the arguments before it: they reset accelerate's state. Without arguments
-    there is :func:`hf_sai.param_groups`.
+    In a loop with an ``Accelerator``, build the arguments first: they reset accelerate's state. A loop without training
+    arguments uses :func:`hf_sai.param_groups`.
 
     Args:
         model: its parameters with ``requires_grad`` are trained; biases and normalisation weights are not decayed.
-        args: read as by :func:`sgd_sai_from_args`, and for the scheduler ``lr_scheduler_type``, its kwargs, warm-up.
-        num_training_steps: how often the scheduler will be stepped in all, at least 1.
+        args: read as by :func:`sgd_sai_from_args`; for the scheduler also ``lr_scheduler_type``, its kwargs and the
+            warm-up.
+        num_training_steps: optimizer steps in the whole run, at least 1.
 
     Returns:
-        The optimizer and the scheduler.
+        The optimizer and the scheduler. The scheduler takes one step after each optimizer step.
 
     Raises:
-        ValueError: as :func:`sgd_sai_from_args`, and for arguments that ``release_gradients=true`` excludes.
+        ValueError: as :func:`sgd_sai_from_args`; for ``num_training_steps`` below 1; for arguments that
+            ``release_gradients=true`` excludes.
 
     Example:
         >>> trainer = Trainer(model, args, optimizers=create_sgd_sai(model, args, num_training_steps=1000))

@@ -8,7 +8,7 @@ SCHEMES = ("default", "xavier", "kaiming", "orthogonal")
 
 @torch.no_grad()
 def initialise(model: nn.Module, scheme: str) -> None:
-    """Draw the weights of every linear layer anew, in place, with torch's random numbers.
+    """Redraw the weights of every linear layer, in place, with torch's random numbers.
 
     Embeddings, output projections tied to them, norms and biases keep what the model gave them, so that the schemes
     differ in the linear layers alone.

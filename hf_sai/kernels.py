@@ -157,7 +157,7 @@ def _update_wide(
 def update_foreach(many: Sequence[Blocks], hyper: Hyper) -> None:
     """A few launches for many blocks at once, with temporaries of at most 128 MiB or one block.
 
-    Blocks that need rounding or have strides of their own are updated by the plain path.
+    Blocks that need rounding or have other strides are updated by the plain path.
     """
     able = [b for b in many if is_native(b)]
     update_plain([b for b in many if not is_native(b)], hyper)

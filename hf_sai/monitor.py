@@ -111,7 +111,7 @@ def build_record(
     calibrated: Mapping[str, tuple[float, float]],
     every: int,
 ) -> dict[str, Any]:
-    """The measurements of a run as columns, from the Trainer's log, which a resumed run goes on with.
+    """The measurements of a run as columns, from the Trainer's log, which a resumed run continues.
 
     Args:
         log_history: ``trainer.state.log_history``.

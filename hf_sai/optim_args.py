@@ -87,7 +87,9 @@ def _pairs(optim_args: str | Mapping[str, Any] | None) -> list[tuple[str, str]]:
         try:
             pairs = json.loads(optim_args, object_pairs_hook=list)
         except ValueError as error:
-            raise ValueError(f"optim_args begins like a JSON object and is none: {error}, got {optim_args!r}") from None
+            raise ValueError(
+                f"optim_args begins like a JSON object but is not valid JSON: {error}, got {optim_args!r}"
+            ) from None
         return [(key, _as_text(key, value)) for key, value in pairs]
     if isinstance(optim_args, Mapping):
         return [(str(key), _as_text(str(key), value)) for key, value in optim_args.items()]

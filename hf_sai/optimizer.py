@@ -23,14 +23,14 @@ except ImportError:  # a private name
 
 
 class SGDSaI(Optimizer):
-    r"""SGD with momentum whose learning rate is scaled by rows and columns from the first gradients, in AdamW's units.
+    """SGD with momentum whose learning rate is scaled by rows and columns from the first gradients, in AdamW's units.
 
     For an element with gradient g, in channels (a row and a column of a matrix; see :mod:`hf_sai.channels`)
 
-    .. math::
-        u &= \operatorname{clamp}(s\,g, -2, 2), \quad s = 1 / (\text{rms} + \text{eps}) \\
-        m &\leftarrow m + w\,(u - m), \quad w = (1 - \mu) / (1 - \mu^t) \\
-        \theta &\leftarrow (1 - \text{lr}\,\lambda)\,\theta - \text{lr}\,m
+        s = 1 / (rms + eps)
+        u = clamp(s * g, -2, 2)
+        m = m + w * (u - m),        w = (1 - momentum) / (1 - momentum^t)
+        p = (1 - lr * weight_decay) * p - lr * m
 
     where rms is the root mean square of the row's gradient, averaged over its first 60 usable gradients (finite and
     not all zero), times that of the column relative to all columns. After them it follows slowly, one gradient in ten.
@@ -43,10 +43,10 @@ class SGDSaI(Optimizer):
 
     Args:
         params: parameters, named parameters or param groups of real floating-point tensors of any shape.
-        lr: learning rate, a number or a 0-dim tensor; in AdamW's units, or the paper's (see ``scaling``).
-        momentum: mu in [0, 1). At 0 no buffer is kept.
-        eps: in units of the gradient.
-        weight_decay: lambda, decoupled, in units of 1 / lr as AdamW's.
+        lr: learning rate, a number or a 0-dim tensor of at least 0; in AdamW's units, or the paper's (see ``scaling``).
+        momentum: in [0, 1). At 0 no buffer is kept.
+        eps: at least 0, in units of the gradient.
+        weight_decay: at least 0, decoupled, in units of 1 / lr as AdamW's.
         scaling: ``"adamw"``, ``"raw"`` or ``"max"``.
         maximize: maximise instead of minimise.
         foreach: update many blocks in each launch. Default on CUDA where the fused path is unavailable.
@@ -61,7 +61,7 @@ class SGDSaI(Optimizer):
 
     Raises:
         ValueError: for a hyper-parameter out of range, a complex parameter or one that FSDP1 has flattened, a sparse
-            gradient, ``fused=True`` where it is impossible, or a state dict that does not fit. Nothing is changed then.
+            gradient, ``fused=True`` where it is impossible, or a state dict that does not fit. Nothing changes then.
 
     Example:
         >>> model = torch.nn.Linear(4, 2)
@@ -133,7 +133,22 @@ class SGDSaI(Optimizer):
         self._forget()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its blocks are calibrated at their own first usable gradients."""
+        """Add a group; its blocks are calibrated at their own first usable gradients.
+
+        Args:
+            param_group: ``params`` and any hyper-parameter that differs from the optimizer's; ``token_rows=True`` where
+                each row of its matrices, ``(tokens, features)``, is a token.
+
+        Raises:
+            ValueError: for what the constructor refuses; the group is not added then.
+
+        Example:
+            >>> optimizer = SGDSaI(torch.nn.Linear(4, 2).parameters(), lr=1e-3)
+            >>> embedding = torch.nn.Embedding(10, 4)
+            >>> optimizer.add_param_group({"params": embedding.parameters(), "token_rows": True, "weight_decay": 0.0})
+            >>> len(optimizer.param_groups)
+            2
+        """
         check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         try:
@@ -148,7 +163,15 @@ class SGDSaI(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As every optimizer's, with zeros for a trained block without a gradient so far: loaders expect every entry.
 
-        The optimizer itself is not changed.
+        The optimizer itself does not change.
+
+        Returns:
+            ``state`` and ``param_groups``. A scale is float32 whatever the dtype of its parameter.
+
+        Example:
+            >>> optimizer = SGDSaI(torch.nn.Linear(4, 2).parameters(), lr=1e-3)
+            >>> sorted(optimizer.state_dict())
+            ['param_groups', 'state']
         """
         packed = super().state_dict()
         if self.state:
@@ -160,12 +183,23 @@ class SGDSaI(Optimizer):
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of SGDSaI. Float entries keep their dtype whatever the parameters' is.
+        """Load a state dict of SGDSaI. Float entries keep their dtype, whatever that of the parameters.
 
-        Entries that are not SGDSaI's own, as those of an optimizer that wraps it, are loaded as torch loads them.
+        Entries that SGDSaI does not write, such as those of an optimizer that wraps it, are loaded as torch loads them.
+
+        Args:
+            state_dict: what :meth:`state_dict` returned, for parameters of the same shapes in the same groups.
 
         Raises:
             ValueError: for entries that do not fit the parameters; the optimizer is then as it was.
+
+        Example:
+            >>> model = torch.nn.Linear(4, 2)
+            >>> saved = SGDSaI(model.parameters(), lr=1e-3).state_dict()
+            >>> optimizer = SGDSaI(model.parameters(), lr=1.0)
+            >>> optimizer.load_state_dict(saved)
+            >>> optimizer.param_groups[0]["lr"]
+            0.001
         """
         if not isinstance(state_dict, Mapping):
             raise ValueError(f"a state dict of SGDSaI is a dict, got {state_dict!r:.80}")
@@ -195,6 +229,17 @@ class SGDSaI(Optimizer):
 
         Returns:
             The closure's loss, or None.
+
+        Raises:
+            ValueError: for a sparse gradient.
+
+        Example:
+            >>> weight = torch.nn.Parameter(torch.tensor([1.0, -1.0]))
+            >>> optimizer = SGDSaI([weight], lr=0.1, weight_decay=0.0)
+            >>> weight.grad = torch.tensor([4.0, -4.0])
+            >>> optimizer.step()
+            >>> weight.data  # the scaled gradient has a root mean square of one, whatever its size was
+            tensor([ 0.9000, -0.9000])
         """
         loss = None
         if closure is not None:

@@ -29,25 +29,29 @@ def param_groups(
     A group has the keys ``params``, ``param_names``, ``weight_decay`` and ``token_rows``. Token rows are found in
     ``nn.Embedding`` and ``nn.EmbeddingBag``, in what ``get_output_embeddings()`` returns, in modules named ``lm_head``
     or ``embed_out``, in PEFT's copies of these (``modules_to_save``) and in its trainable tokens. A tied weight is one
-    parameter and stands in one group. There are no empty groups.
+    parameter, in one group. No group is empty.
 
     Args:
-        model: its parameters with ``requires_grad`` are grouped, each once. Wrap it with PEFT before.
-        weight_decay: of matrices and larger tensors, in the optimizer's units. Biases, the weights of norms and other
-            parameters with fewer than two dimensions are not decayed.
-        decay_parameters: names of the parameters to decay, instead of that rule. Names that the model lacks do not
-            matter: the Trainer's own list holds every name of a tied weight.
+        model: its parameters with ``requires_grad`` are grouped, each once. Wrap it with PEFT first.
+        weight_decay: of matrices and larger tensors, in the optimizer's units (1 / lr). Biases, the weights of norms
+            and other parameters with fewer than two dimensions are not decayed.
+        decay_parameters: names of the parameters to decay, instead of that rule. Names that the model lacks are
+            ignored: the Trainer's list holds every name of a tied weight.
         token_modules: names of further modules whose ``weight``, ``(tokens, features)``, has a row for each token,
-            such as the untied output layer of a model of your own.
+            such as the untied output layer of a custom model.
 
     Returns:
         One to four groups: decayed, decayed token rows, undecayed, undecayed token rows.
 
     Raises:
-        ValueError: if no parameter is trained, or a name in ``token_modules`` is no module with such a weight.
+        ValueError: if no parameter is trained, or ``token_modules`` names anything but a module with such a weight.
 
     Example:
-        >>> optimizer = SGDSaI(param_groups(model, weight_decay=0.1), lr=2e-4)
+        >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 2))
+        >>> groups = param_groups(model, weight_decay=0.1)
+        >>> [(group["param_names"], group["weight_decay"], group["token_rows"]) for group in groups]
+        [(['1.weight'], 0.1, False), (['0.weight'], 0.1, True), (['1.bias'], 0.0, False)]
+        >>> optimizer = hf_sai.SGDSaI(groups, lr=2e-4)
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trained:
@@ -63,7 +67,7 @@ def param_groups(
 def split_token_rows(
     params: Iterable[Any], model: nn.Module, token_modules: Collection[str] = ()
 ) -> list[dict[str, Any]]:
-    """The same groups with their parameters named, and with token rows in groups of their own.
+    """The same groups with their parameters named, and with token rows in separate groups.
 
     Args:
         params: what a torch optimizer takes: param groups, parameters or named parameters. A group that has the key

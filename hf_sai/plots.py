@@ -51,7 +51,7 @@ def plot_losses(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: str 
 def plot_gsnr(rows: "Sequence[GSNRRow]", path: str | Path) -> Path:
     """Draw the g-SNR of every calibrated block, in the model's order from the top, on a logarithmic axis.
 
-    A mark shows sqrt(d), about which a zero-mean gradient of d elements lies: a block to its right has a gradient with
+    A mark shows sqrt(d), the g-SNR of a zero-mean gradient of d elements: a block to its right has a gradient with
     a mean that stands out of its noise.
 
     Args:

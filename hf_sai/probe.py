@@ -84,7 +84,9 @@ def _backward(model: nn.Module, batch: Tensor) -> float:
         torch.autograd.backward(loss)
         total += loss.item()
     if not math.isfinite(total):
-        raise ValueError(f"the loss of the batch is {total}: the model's weights are damaged, or of too few digits")
+        raise ValueError(
+            f"the loss of the batch is {total}: the model's weights are damaged or their precision is too low"
+        )
     return total
 
 
@@ -117,7 +119,7 @@ def load_model(name: str) -> nn.Module:
         model: Any = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--model: {name!r} is no causal language model in a folder or within reach on the hub "
+            f"--model: {name!r} is not a causal language model in a folder or within reach on the hub "
             f"({str(error).splitlines()[0]}); give a folder, or --config for fresh weights"
         ) from error
     found: nn.Module = model.float().eval()
@@ -145,7 +147,7 @@ def fresh_model(name: str, tokenizer: Any, scheme: str, seed: int) -> nn.Module:
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"--config: {name!r} is no model's configuration in a folder or within reach on the hub; "
+                f"--config: {name!r} is not a model's configuration in a folder or within reach on the hub; "
                 f"give a folder, or a size of GPT-2: {', '.join(GPT2_SIZES)}"
             ) from error
     torch.manual_seed(seed)
@@ -180,7 +182,7 @@ def token_batch(tokenizer: Any, documents: Iterator[str], sequences: int, length
         if len(ids) >= sequences * length:
             return torch.tensor(ids[: sequences * length]).view(sequences, length)
     raise ValueError(
-        f"{option}: a batch of {sequences} x {length} tokens is wanted, the text has {len(ids)}: "
+        f"{option}: a batch needs {sequences} x {length} tokens, the text has {len(ids)}: "
         "give more text, or a smaller --batch-size or --block-size"
     )
 
@@ -266,6 +268,6 @@ def _hub_documents(name: str, column: str) -> Iterator[str]:
             yield row[column]
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise ValueError(
-            f"--data: {name!r} is no local file and could not be read from the hub "
+            f"--data: {name!r} is not a local file and could not be read from the hub "
             f"({str(error).splitlines()[0][:200]}): give a local {', '.join(_SUFFIXES)} file, or check the network"
         ) from error

@@ -1,4 +1,4 @@
-"""``register()``: a name that stock transformers takes in every Trainer of a process."""
+"""``register()``: ``optim="sgd_sai"`` in every stock Trainer of a process."""
 
 import functools
 from collections.abc import Callable
@@ -15,16 +15,19 @@ from hf_sai.optim_args import normalize_optim_args
 def register() -> None:
     """Make ``optim="sgd_sai"`` valid in every Trainer and TrainingArguments of this process.
 
-    Adds a name to transformers' ``OptimizerNames``, teaches ``Trainer.get_optimizer_cls_and_kwargs`` what it means, and
-    has ``TrainingArguments`` check ``optim_args`` with it, so that stock and third-party trainers, ``HfArgumentParser``
-    (command line, YAML, JSON) and ``set_optimizer`` take it like any other. A second call does nothing. A
-    ``training_args.bin`` written afterwards holds the name as a plain string and loads in a process that has not
-    called this. Processes that this one starts call it themselves, or are started under :mod:`hf_sai.launch`; one that
-    ``multiprocessing`` starts is also registered by the training arguments that are handed to it.
+    It adds a name to transformers' ``OptimizerNames``, makes ``Trainer.get_optimizer_cls_and_kwargs`` return SGDSaI for
+    it, and makes ``TrainingArguments`` check ``optim_args``. Stock and third-party trainers, ``HfArgumentParser``
+    (command line, YAML, JSON) and ``set_optimizer`` then accept it like any other name. A second call does nothing.
+
+    A ``training_args.bin`` written afterwards holds the name as a plain string and loads in a process that has not
+    called this. A child process calls this itself or is started under :mod:`hf_sai.launch`. A child of
+    ``multiprocessing`` is also registered when it receives training arguments that name ``sgd_sai``.
 
     Example:
         >>> register()
-        >>> args = SFTConfig("out", optim="sgd_sai", optim_args={"momentum": 0.95})
+        >>> args = TrainingArguments("out", optim="sgd_sai", optim_args={"momentum": 0.95})
+        >>> args.optim_args
+        'momentum=0.95'
     """
     if OPTIM_NAME in OptimizerNames._value2member_map_:
         return
@@ -42,7 +45,7 @@ def register() -> None:
 
 
 def _optimizer_name(value: str) -> OptimizerNames:
-    """What a process of multiprocessing gets for a name in the arguments that its parent hands to it."""
+    """The member that a child of multiprocessing unpickles for a name in its parent's arguments."""
     if value == OPTIM_NAME:
         register()
     return OptimizerNames(value)

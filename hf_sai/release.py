@@ -25,7 +25,7 @@ from hf_sai.shards import is_dtensor
 
 
 class GradientRelease:
-    """Hooks that update each parameter as soon as its gradient is complete; ``remove()`` ends it.
+    """Hooks that update each parameter as soon as its gradient is complete; ``remove()`` removes them.
 
     Args:
         optimizer: what trains the model.
@@ -66,21 +66,40 @@ class GradientRelease:
         optimizer._release = self
 
     def remove(self) -> None:
-        """Remove the hooks: from now on ``step`` updates the parameters, from gradients that backward keeps."""
+        """Remove the hooks: from now on ``step`` updates the parameters, from gradients that backward keeps.
+
+        Example:
+            >>> model = torch.nn.Linear(4, 2)
+            >>> optimizer = SGDSaI(model.parameters(), lr=1e-3)
+            >>> release_gradients(optimizer, model).remove()
+            >>> optimizer.releases_gradients
+            False
+        """
         for hook in self._hooks:
             hook.remove()
         if self._optimizer._release is self:
             self._optimizer._release = None
 
     def norm(self) -> Tensor | None:
-        """The global norm of the gradients of the last backward, on the device; None where it is not tracked."""
+        """The global norm of the gradients of the last backward.
+
+        Returns:
+            A float32 scalar on the device of the parameters; None where the norm is not tracked.
+
+        Example:
+            >>> model = torch.nn.Linear(1, 1)
+            >>> release = release_gradients(SGDSaI(model.parameters(), lr=1e-3), model, track_norm=True)
+            >>> (3 * model(torch.ones(1, 1))).sum().backward()
+            >>> release.norm()  # the gradients of weight and bias are 3
+            tensor(4.2426)
+        """
         if self._squares:
             device = self._squares[0].device
             self._norm = torch.stack([x.to(device) for x in self._squares]).sum().sqrt()
         return self._norm
 
     def clear(self) -> None:
-        """Forget a backward that has not come to its end; parameters that it has updated stay updated."""
+        """Forget a backward that did not finish; parameters that it has updated stay updated."""
         self._released.clear()
         self._squares.clear()
 
@@ -130,7 +149,7 @@ def release_gradients(optimizer: SGDSaI, model: nn.Module, *, track_norm: bool =
         track_norm: keep the global norm of the gradients of each backward in ``optimizer.released_norm``.
 
     Returns:
-        A handle whose ``remove()`` ends it.
+        A handle: ``remove()`` goes back to ordinary steps.
 
     Raises:
         ValueError: see :class:`GradientRelease`.
@@ -139,6 +158,8 @@ def release_gradients(optimizer: SGDSaI, model: nn.Module, *, track_norm: bool =
         >>> model = torch.nn.Linear(4, 2)
         >>> optimizer = SGDSaI(model.parameters(), lr=1e-3)
         >>> release = release_gradients(optimizer, model)
+        >>> model(torch.ones(3, 4)).sum().backward()  # updates weight and bias
+        >>> optimizer.step()
     """
     return GradientRelease(optimizer, model, track_norm=track_norm)
 

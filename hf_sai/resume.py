@@ -10,14 +10,14 @@ from hf_sai.checkpoints import TRAINER_STATE, last_whole_checkpoint, remove_rand
 
 
 class ResumingTrainer(Trainer):
-    """What :class:`hf_sai.SaITrainer` has of saving and resuming; any optimizer will do."""
+    """The saving and resuming of :class:`hf_sai.SaITrainer`, with any optimizer."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *rest: Any, **kwargs: Any) -> Any:
-        """As ``Trainer.train``; ``True`` resumes from the last checkpoint that was written to its end.
+        """As ``Trainer.train``; ``True`` resumes from the last complete checkpoint.
 
         Args:
-            resume_from_checkpoint: a folder, or whether to resume. A newer checkpoint that is passed over is logged as
-                a warning. The number of processes may differ from that of the run that saved it.
+            resume_from_checkpoint: a folder, or whether to resume. A warning names a newer checkpoint that is
+                incomplete. The number of processes may differ from that of the run that saved it.
             rest: see ``Trainer.train``.
             kwargs: see ``Trainer.train``.
 
@@ -30,12 +30,13 @@ class ResumingTrainer(Trainer):
             if resume_from_checkpoint is None:
                 raise ValueError(f"resume_from_checkpoint=True found no whole checkpoint in {folder!r}")
         if resume_from_checkpoint and not self.is_deepspeed_enabled:
-            # transformers would start the optimizer anew without a word.
+            # transformers would silently start with a fresh optimizer.
             for what in ("optimizer", "scheduler"):
                 if not any(Path(resume_from_checkpoint).glob(f"*{what}*")):
                     raise ValueError(
-                        f"resume_from_checkpoint {str(resume_from_checkpoint)!r} holds no {what} state; to train on "
-                        "from its weights alone load them with from_pretrained and leave resume_from_checkpoint out"
+                        f"resume_from_checkpoint {str(resume_from_checkpoint)!r} holds no {what} state; to "
+                        "continue from its weights alone load them with from_pretrained and leave out "
+                        "resume_from_checkpoint"
                     )
         return super().train(resume_from_checkpoint, *rest, **kwargs)
 
@@ -43,7 +44,7 @@ class ResumingTrainer(Trainer):
         """As ``Trainer``'s, with every weight accounted for.
 
         transformers 5 saves some models (ViT) under their old names and looks for the new ones on resuming; it then
-        only logs that weights are missing, and trains on from fresh ones. ``from_pretrained`` knows both names.
+        only logs that weights are missing, and trains from fresh ones. ``from_pretrained`` knows both names.
 
         Raises:
             ValueError: weights are missing and the model has no ``from_pretrained``.

@@ -1,4 +1,4 @@
-"""What a resumed run is told of the optimizer state that it loads: another optimizer's, or other settings."""
+"""Checks of the optimizer state that a resumed run loads: whether it is another optimizer's or has other settings."""
 
 import warnings
 from collections.abc import Mapping

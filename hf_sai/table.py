@@ -12,16 +12,20 @@ from hf_sai.shards import is_dtensor
 
 
 class GSNRRow(NamedTuple):
-    """One block of a model.
+    """One block of a model, as :func:`gsnr_table` lists it.
 
     Attributes:
         name: the parameter's name in the model.
         shape: its shape; the global one where the parameter is a sharded ``DTensor``.
         numel: d, its element count.
-        gsnr: its g-SNR, 0.0 until it is calibrated.
-        scale: what multiplies the learning rate, 0.0 until it is calibrated. Where channels have scales of their own,
-            the one of the whole block: the root of the harmonic mean of their squares.
+        gsnr: its g-SNR (a ratio, without a unit), 0.0 until it is calibrated.
+        scale: what multiplies the learning rate, 0.0 until it is calibrated. Where each channel has a scale, one for
+            the whole block: the root of the harmonic mean of their squares.
         calibrated: whether it has had a usable gradient.
+
+    Example:
+        >>> GSNRRow("weight", (2, 4), 8, gsnr=2.9, scale=1.5, calibrated=True).shape
+        (2, 4)
     """
 
     name: str
@@ -35,19 +39,27 @@ class GSNRRow(NamedTuple):
 def gsnr_table(optimizer: Any, model: nn.Module) -> list[GSNRRow]:
     """The g-SNR and scale of every block that the optimizer trains, in the model's order.
 
-    Costs one host synchronisation. Where scales are sharded (FSDP2, TP) they are gathered, so that all processes must
-    call this together.
+    g-SNR is equation 11 of the paper (arXiv 2412.11768). The call costs one host synchronisation. Sharded scales
+    (FSDP2, TP) are gathered, so all processes must call this together.
 
     Args:
         optimizer: an :class:`SGDSaI`, or a wrapper that holds it as ``.optimizer`` (accelerate's).
-        model: the model whose parameters the optimizer holds, wrapped for data parallelism or compiled or neither.
+        model: the model whose parameters the optimizer holds. It may be compiled or wrapped for data parallelism.
 
     Returns:
-        One row a trained parameter. Tied parameters are one block; a parameter that the optimizer holds and the
-        model does not comes last, named by its place in the param groups.
+        One row for each trained parameter. Tied parameters are one block. A parameter that the optimizer holds and
+        the model does not comes last, named by its place in the param groups.
 
     Raises:
         TypeError: if the optimizer is not an SGDSaI.
+
+    Example:
+        >>> model = nn.Linear(4, 2)
+        >>> optimizer = SGDSaI(model.parameters(), lr=1e-3)
+        >>> model(torch.ones(3, 4)).square().mean().backward()
+        >>> optimizer.step()
+        >>> [(row.name, row.numel, row.calibrated) for row in gsnr_table(optimizer, model)]
+        [('weight', 8, True), ('bias', 2, True)]
     """
     sgd_sai = unwrap_sgd_sai(optimizer)
     blocks = sgd_sai.block_states()

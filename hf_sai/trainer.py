@@ -15,14 +15,24 @@ from hf_sai.training_args import SaITrainingArguments
 
 
 class SaITrainer(ResumingTrainer):
-    """A ``Trainer`` that trains with SGD-SaI when its :class:`SaITrainingArguments` say so, as they do by default.
+    """A ``Trainer`` for :class:`SaITrainingArguments`, whose default optimizer is SGD-SaI.
 
-    It resumes only from a checkpoint that was written to its end, on any number of processes; it warns of optimizer
-    settings that have changed since, and refuses the state of another optimizer.
+    It resumes only from a complete checkpoint, on any number of processes. It warns of optimizer settings that have
+    changed since then, and refuses the state of another optimizer.
+
+    Args:
+        model: as for ``Trainer``.
+        args: by default ``SaITrainingArguments("tmp_trainer")``.
+        rest: as for ``Trainer``.
+        kwargs: as for ``Trainer``.
+
+    Raises:
+        ValueError: when the optimizer is made, for stock ``TrainingArguments`` without ``optim="sgd_sai"``.
 
     Example:
         >>> trainer = SaITrainer(model, SaITrainingArguments("out", learning_rate=2e-4), train_dataset=data)
-        >>> trainer.train()
+        >>> trainer.create_optimizer().param_groups[0]["lr"]
+        0.0002
     """
 
     def __init__(
@@ -31,7 +41,25 @@ class SaITrainer(ResumingTrainer):
         super().__init__(model, SaITrainingArguments("tmp_trainer") if args is None else args, *rest, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """See :meth:`hf_sai.resume.ResumingTrainer.train`."""
+        """As ``Trainer.train``; ``resume_from_checkpoint=True`` resumes from the last complete checkpoint.
+
+        Args:
+            args: as for ``Trainer.train``. The number of processes may differ from that of the run that was saved.
+            kwargs: as for ``Trainer.train``.
+
+        Returns:
+            The ``TrainOutput`` of ``Trainer.train``.
+
+        Raises:
+            ValueError: if there is no complete checkpoint, or it lacks the state of the optimizer or the scheduler.
+
+        Example:
+            >>> args = SaITrainingArguments("out", learning_rate=2e-4, max_steps=2)
+            >>> trainer = SaITrainer(model, args, train_dataset=data)
+            >>> result = trainer.train()
+            >>> result.global_step
+            2
+        """
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, GSNRCallback):
                 callback.trainer = self

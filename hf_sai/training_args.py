@@ -12,17 +12,23 @@ from hf_sai.optim_args import normalize_optim_args
 
 @dataclass
 class SaITrainingArguments(TrainingArguments):
-    """``TrainingArguments`` that know ``optim="sgd_sai"``, which is the default, without patching transformers.
+    """``TrainingArguments`` whose ``optim`` may be ``"sgd_sai"``, the default, without patching transformers.
 
     ``learning_rate`` and ``weight_decay`` are in AdamW's units unless ``optim_args`` says ``scaling=raw`` or
-    ``scaling=max``. Any stock optimizer can be named as well. For the keys of ``optim_args`` see
-    :func:`sgd_sai_from_args`; they are checked here already, and a mapping is kept as ``key=value`` pairs.
+    ``scaling=max``. ``optim`` may also name any stock optimizer. :func:`sgd_sai_from_args` lists the keys of
+    ``optim_args``. They are checked here, and a mapping is kept as ``key=value`` pairs.
+
+    Args:
+        optim: ``"sgd_sai"`` or any of ``transformers.OptimizerNames``. The other fields are those of
+            ``TrainingArguments``.
 
     Raises:
-        ValueError: for what ``optim_args`` cannot be.
+        ValueError: for an unknown key or a bad value in ``optim_args``.
 
     Example:
         >>> args = SaITrainingArguments("out", learning_rate=2e-4, optim_args={"momentum": 0.95})
+        >>> args.optim, args.optim_args
+        ('sgd_sai', 'momentum=0.95')
     """
 
     optim: str = field(
@@ -40,7 +46,23 @@ class SaITrainingArguments(TrainingArguments):
             self.optim = OPTIM_NAME
 
     def set_optimizer(self, name: str = OPTIM_NAME, *rest: Any, **kwargs: Any) -> "SaITrainingArguments":
-        """As ``TrainingArguments.set_optimizer``, with ``"sgd_sai"`` as the default name."""
+        """As ``TrainingArguments.set_optimizer``, with ``"sgd_sai"`` as the default name.
+
+        Args:
+            name: ``"sgd_sai"`` or any of ``transformers.OptimizerNames``.
+            rest: as for ``TrainingArguments.set_optimizer``.
+            kwargs: as for ``TrainingArguments.set_optimizer``: ``learning_rate``, ``weight_decay`` and others.
+
+        Returns:
+            These arguments.
+
+        Raises:
+            ValueError: for an unknown key or a bad value in ``optim_args``.
+
+        Example:
+            >>> SaITrainingArguments("out").set_optimizer(learning_rate=2e-4).learning_rate
+            0.0002
+        """
         super().set_optimizer(OptimizerNames.SGD.value if name == OPTIM_NAME else name, *rest, **kwargs)
         if name == OPTIM_NAME:
             self.optim_args = normalize_optim_args(self.optim_args)

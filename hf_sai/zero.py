@@ -131,8 +131,8 @@ class Partitions:
             if len(group["params"]) >= len(names):  # a tensor that the user has put in
                 return
             raise ValueError(
-                f"{name} has taken the place of {len(names)} parameters that SGDSaI was given, and a scale of that "
-                f"mixture would be that of no block; {INSTEAD}"
+                f"{name} has taken the place of {len(names)} parameters that SGDSaI was given, and one scale for that "
+                f"mixture fits none of them; {INSTEAD}"
             )
         if group["momentum_dtype"] in (torch.int8, "int8") or group["stochastic_rounding"]:
             raise ValueError(

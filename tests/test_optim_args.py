@@ -89,7 +89,7 @@ MISTAKES = [
     ("momentum_dtype=float64", r"momentum_dtype must be .*float32, bfloat16.*got 'float64'"),
     ("momentum=0.9,momentum=0.8", "sets momentum twice"),
     ('{"momentum": 0.9, "momentum": 0.8}', "sets momentum twice"),
-    ('{"momentum": 0.9', "begins like a JSON object and is none"),
+    ('{"momentum": 0.9', "begins like a JSON object but is not valid JSON"),
     ("lr=0.1", "cannot set lr: set learning_rate of the training arguments instead"),
     ("weight_decay=0.1", "cannot set weight_decay: set weight_decay of the training arguments instead"),
     (["momentum=0.9"], r"must be a mapping or a string of key=value pairs, got \['momentum=0.9'\]"),

@@ -215,7 +215,7 @@ def test_errors_in_outputs_name_file_and_line(score, write, name, content, messa
         ),
         ("refs.csv", "mr,ref\n\n", "line 2: no references below the header"),
         ("refs.csv", "mr,ref\nx,y\n ,z\n", "line 3: the MR is blank"),
-        ("refs.csv", 'mr,ref\nx,"y\nz"\nw," "\n', "line 4: no reference that is not blank for MR 'w'"),
+        ("refs.csv", 'mr,ref\nx,"y\nz"\nw," "\n', "line 4: every reference is blank for MR 'w'"),
         ("refs.txt", "a\n", "must be a .csv or .tsv file"),
     ],
 )

@@ -98,7 +98,7 @@ def bench(
         steps: how many ordinary steps are timed.
         settling: steps after the first that are not timed: allocators, caches and clocks settle.
         deadline: ``time.monotonic()`` after which no further optimizer is begun.
-        progress: told each optimizer's figures as soon as there are any: its first step, then an early figure of
+        progress: called with each optimizer's figures as soon as there are any: its first step, then an early figure of
             the others, before all are timed in turn.
 
     Raises:

@@ -1,7 +1,7 @@
 """Time optimizer steps on a model's shapes, SGD-SaI beside the others, all in one process and in turn.
 
 Nothing is downloaded: parameters and gradients are random numbers of the model's shapes. Optimizers whose package is
-not installed are listed as such. Each optimizer's first figures are told as they come, on stderr; a model's table
+not installed are listed as such. Each optimizer's first figures are printed as they come, on stderr; a model's table
 follows when all are measured. Its columns: median and quartiles of a step; the first step, and the first step less what
 allocating its state costs (0 where that alone takes longer); state; peak memory of a step beyond what is there before
 it (CUDA only); share of the copy bandwidth measured in the same run; step time in units of three rivals; the paper's

@@ -108,12 +108,12 @@ CASES: list[Case] = [
         "resume without optimizer",
         checkpoint_without("optimizer.pt"),
         ValueError,
-        "checkpoint-2' holds no optimizer state; to train on from its weights alone load them with from_pretrained",
+        "checkpoint-2' holds no optimizer state; to continue from its weights alone load them with from_pretrained",
     ),
     Case(
         "resume without scheduler",
         checkpoint_without("scheduler.pt"),
         ValueError,
-        "checkpoint-2' holds no scheduler state; to train on from its weights alone",
+        "checkpoint-2' holds no scheduler state; to continue from its weights alone",
     ),
 ]

@@ -1,7 +1,7 @@
 """The E2E NLG scores as an `evaluate` metric.
 
 `evaluate.load` copies this file and the relative imports it names to `$HF_HOME/modules`, so neither it nor
-`scoring.py` imports anything else of hf_sai, and each import has a line of its own, which is all its parser reads.
+`scoring.py` imports anything else of hf_sai, and each import stands on a separate line, which is all its parser reads.
 """
 
 from collections.abc import Sequence
@@ -43,12 +43,13 @@ Example:
     >>> import evaluate
     >>> from hf_sai.metrics import E2E_NLG
     >>> metric = evaluate.load(E2E_NLG)
-    >>> metric.compute(
+    >>> scores = metric.compute(
     ...     predictions=["Blue Spice is a pub."],
     ...     references=[["Blue Spice is a pub.", "There is a pub, Blue Spice."]],
     ...     metrics=["bleu"],
     ... )
-    {'bleu': 1.0}
+    >>> round(scores["bleu"], 3)
+    1.0
 """
 
 
@@ -70,14 +71,14 @@ class E2eNlg(evaluate.Metric):  # type: ignore[misc]  # evaluate has no type inf
         )
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
-        """Add a batch of predictions and the references of each; the error for what is no text names its place."""
+        """Add a batch of predictions and the references of each; the error for what is not text names its place."""
         # evaluate itself lets a missing reference pass, names no place for a missing prediction, and fails at half of
         # a surrogate pair while it writes its cache.
         check_texts(predictions, references, start=len(self))
         super().add_batch(predictions=predictions, references=references, **kwargs)
 
     def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
-        """Add one prediction and its references; the error for what is no text names its place."""
+        """Add one prediction and its references; the error for what is not text names its place."""
         check_texts([prediction], [reference], start=len(self))
         super().add(prediction=prediction, reference=reference, **kwargs)
 

@@ -42,7 +42,7 @@ def read_references(path: Path) -> dict[str, list[str]]:
         raise ValueError(f"{path}, line 2: no references below the header")
     for mr, texts in references.items():
         if not texts:
-            raise ValueError(f"{path}, line {first_line[mr]}: no reference that is not blank for MR {mr!r}")
+            raise ValueError(f"{path}, line {first_line[mr]}: every reference is blank for MR {mr!r}")
     return references
 
 
