@@ -3,6 +3,7 @@
 The recipes are part of the clone, not of the wheel. They need more packages than `hf_sai` itself.
 """
 
+import multiprocessing
 import re
 import sys
 from importlib.util import find_spec
@@ -47,6 +48,6 @@ def _check_packages() -> None:
     raise ModuleNotFoundError(message)
 
 
-if sys.argv[:1] == ["-m"]:
+if _is_program() or multiprocessing.parent_process() is not None:
     while_importing()
 _check_packages()

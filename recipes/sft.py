@@ -5,6 +5,8 @@
 TRL's options apply (`--load_in_4bit true` is QLoRA, `--use_dora true` DoRA). The loss counts the assistant's tokens.
 """
 
+from recipes.start import run_main
+
 import functools
 import math
 import sys
@@ -18,10 +20,9 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, 
 from hf_sai import register
 from hf_sai.bench.state_bytes import optimizer_state_bytes
 from hf_sai.checkpoints import last_whole_checkpoint
-from recipes.common import StepTimer, UserError, find_config, run_main, run_record, start_logging, write_json
+from recipes.common import StepTimer, UserError, expand_data_folder, find_config, run_record, start_logging, write_json
 from recipes.data import HUB_NAME, Row, clean, load_e2e, prompt
 from recipes.models import base_weights, hub_name, resolve_model
-from recipes.public_data import expand
 from recipes.run_folder import OVERWRITE_HELP, run_folder
 
 
@@ -65,10 +66,8 @@ def run_words(words: Sequence[str] | None = None) -> None:
 
 
 def _run(config: SFTArguments, args: SFTConfig, checkpoint: str | None) -> None:
-    folder, missing = expand(config.data)
-    if missing:
-        raise UserError(f"data: {missing}")
-    data, source, timer = load_e2e(folder), resolve_model(config.model), StepTimer()
+    expand_data_folder(config)
+    data, source, timer = load_e2e(config.data), resolve_model(config.model), StepTimer()
     loading = {"revision": config.model_revision, "attn_implementation": config.attn_implementation}
     args.model_init_kwargs = {"dtype": config.dtype, **loading, **(args.model_init_kwargs or {})}
     train, validation = chats(data.train[: config.max_train_rows]), chats(data.validation[: config.max_eval_rows])

@@ -14,6 +14,8 @@ with a figure beside it; `--report` writes both from the runs that have ended.
 
 from __future__ import annotations
 
+from recipes.start import run_main
+
 import argparse
 import contextlib
 import hashlib
@@ -33,7 +35,7 @@ from typing import Any
 
 import torch
 
-from recipes.common import UserError, did_you_mean, machine, read_yaml, run_main, versions, write_json
+from recipes.common import UserError, did_you_mean, machine, read_yaml, versions, write_json
 from recipes.interrupt import resumable, worker_start
 from recipes.optimizers import meaning
 from recipes.sweep_report import draw, larger_is_better

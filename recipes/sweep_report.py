@@ -7,6 +7,8 @@ puts several sweeps in one figure of optimizer state bytes against the best valu
 
 from __future__ import annotations
 
+from recipes.start import run_main
+
 import argparse
 import io
 import itertools
@@ -16,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes.common import UserError, run_main, write_bytes
+from recipes.common import UserError, write_bytes
 
 
 def _figure(width: float, height: float) -> Any:
