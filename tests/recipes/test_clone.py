@@ -106,7 +106,7 @@ LIBRARIES = (
 
 
 def test_ctrl_c_while_libraries_are_imported_is_one_line(tmp_path: Path) -> None:
-    """Every recipe as a file, and one as a module: each stops in its first import of a library, which takes a minute."""
+    """Every recipe as a file and one as a module; each stops in its first import of a library, which takes a minute."""
     for name in LIBRARIES:
         (tmp_path / f"{name}.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
