@@ -3,9 +3,14 @@
 The recipes are part of the clone, not of the wheel. They need more packages than `hf_sai` itself.
 """
 
+import signal
+import sys
+
+if sys.argv[:1] == ["-m"]:  # until `interrupt.py` is loaded Ctrl-C ends the process without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import multiprocessing
 import re
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
