@@ -6,6 +6,8 @@ speed, not learning. Each optimizer has a model of its own, one after the other.
     python -m recipes.bench_release --out recipes/results/bench_release.json
 """
 
+from recipes.start import run_main
+
 import argparse
 import gc
 import math
@@ -20,7 +22,7 @@ import torch
 from hf_sai import SGDSaI
 from hf_sai.bench.state_bytes import optimizer_state_bytes
 from hf_sai.release import release_gradients
-from recipes.common import machine, run_main, versions, write_json
+from recipes.common import machine, versions, write_json
 
 LLAMA_2_7B = {
     "vocab_size": 32000,

@@ -11,6 +11,8 @@ ViTs and GPT-2. Parts for which no time is left are marked.
 Results are written to recipes/results/bench_*.json and .png; a short table of the targets comes last.
 """
 
+from recipes.start import run_main
+
 import argparse
 import os
 import subprocess
@@ -27,7 +29,7 @@ from hf_sai.bench.report import chart, table, write_json
 from hf_sai.bench.rivals import RIVALS
 from hf_sai.bench.shapes import model
 from recipes import bench_release
-from recipes.common import machine, run_main, versions
+from recipes.common import machine, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 

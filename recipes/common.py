@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -25,24 +25,11 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
 
-from recipes.interrupt import guarded
 from recipes.public_data import expand
 
 
 class UserError(ValueError):
     """Bad input that the message explains fully: `run_main` prints it without a traceback."""
-
-
-def run_main(main: Callable[[], Any]) -> None:
-    """Call a recipe's main function; a `UserError` becomes one line on stderr and exit status 2, Ctrl-C one and 130."""
-    if "LOCAL_RANK" in os.environ and not torch.accelerator.is_available():
-        # accelerate's launcher of several processes does not pass `use_cpu: true` on: each would train alone
-        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
-    try:
-        guarded(main)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def start_logging(level: int = logging.INFO) -> None:
@@ -146,11 +133,11 @@ def parse_config(
         name = option.lstrip("-").split("=")[0].replace("-", "_")
         raise UserError(f"unknown option {option!r}{did_you_mean(name, known)}")
     for config in filled:
-        _expand_data_folder(config)
+        expand_data_folder(config)
     return tuple(filled)
 
 
-def _expand_data_folder(config: Any) -> None:
+def expand_data_folder(config: Any) -> None:
     """`$HF_SAI_DATA` in the values of a dataclass, replaced."""
     for spec in dataclasses.fields(config):
         value = getattr(config, spec.name)

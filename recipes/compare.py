@@ -7,6 +7,8 @@ Figure 8 of the paper for any set of runs.
 
 from __future__ import annotations
 
+from recipes.start import run_main
+
 import argparse
 import base64
 import html
@@ -18,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes.common import UserError, markdown_text, run_main, write_bytes, write_text
+from recipes.common import UserError, markdown_text, write_bytes, write_text
 from recipes.pretrain_report import draw_costs, draw_curves, label
 
 HEADER = (

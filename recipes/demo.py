@@ -7,6 +7,8 @@ It makes text, pretrains a small GPT-2 on it (tokenizer included), fine-tunes th
 generates, scores, and writes `report.md` with a table, sentences and plots.
 """
 
+from recipes.start import run_main
+
 import csv
 import random
 import time
@@ -21,7 +23,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import DataCollatorForSeq2Seq, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, Trainer, set_seed
 
 from hf_sai.plots import plot_losses
-from recipes.common import UserError, check_writable, markdown_text, parse_config, run_main, write_text
+from recipes.common import UserError, check_writable, markdown_text, parse_config, write_text
 from recipes.data import E2EData, E2ETokens, Row, clean, load_e2e, prompt
 from recipes.gpt2_lora_e2e import E2EArguments, run
 from recipes.optimizers import RecipeArguments

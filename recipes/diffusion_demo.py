@@ -17,6 +17,8 @@ With a GPU, larger (not run by us yet):
         --pretrain_batch_size 64 --pretrain_steps 20000 --lora_steps 300
 """
 
+from recipes.start import run_main
+
 import hashlib
 import json
 import logging
@@ -37,7 +39,6 @@ from recipes.common import (
     check_writable,
     parse_config,
     public_settings,
-    run_main,
     start_logging,
     write_json,
     write_text,

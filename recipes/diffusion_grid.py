@@ -3,13 +3,15 @@
 python -m recipes.diffusion_grid --runs out/sgd_sai out/adamw --output comparison.png [--report_to tensorboard]
 """
 
+from recipes.start import run_main
+
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
 
-from recipes.common import UserError, parse_config, run_main
+from recipes.common import UserError, parse_config
 from recipes.diffusion_data import open_image
 from recipes.diffusion_samples import grid, save_picture
 from recipes.diffusion_validation import new_accelerator, track

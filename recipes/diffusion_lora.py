@@ -7,6 +7,8 @@ Writes to `output_dir`: `lora/` (for `load_lora_weights` and `load_textual_inver
 with `grid.png`, `record.json`, and checkpoints.
 """
 
+from recipes.start import run_main
+
 import functools
 import hashlib
 import logging
@@ -30,7 +32,6 @@ from recipes.common import (
     check_writable,
     parse_config,
     public_settings,
-    run_main,
     start_logging,
     write_json,
     write_text,

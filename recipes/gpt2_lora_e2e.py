@@ -7,6 +7,8 @@ Writes to `output_dir`: `adapter/` (PEFT format, with a model card), `record.jso
 `gsnr.png` for SGD-SaI, and the Trainer's checkpoints.
 """
 
+from recipes.start import run_main
+
 import csv
 import functools
 import io
@@ -44,7 +46,6 @@ from recipes.common import (
     did_you_mean,
     markdown_text,
     parse_config,
-    run_main,
     start_logging,
     write_json,
     write_text,

@@ -10,6 +10,8 @@ g-SNR of every block over time, and figures of it. `recipes/compare.py` puts sev
 
 from __future__ import annotations
 
+from recipes.start import run_main
+
 import functools
 import io
 import json
@@ -43,7 +45,7 @@ from hf_sai.checkpoints import last_whole_checkpoint
 from hf_sai.initialisation import SCHEMES, initialise
 from hf_sai.monitor import read_record
 from hf_sai.probe import GPT2_SIZES
-from recipes.common import StepTimer, UserError, parse_config, run_main, start_logging, write_bytes, write_json
+from recipes.common import StepTimer, UserError, parse_config, start_logging, write_bytes, write_json
 from recipes.models import base_weights, check_model, hub_name, load_model
 from recipes.optimizers import RecipeArguments, trainer_optimizer
 from recipes.pretrain_data import (

@@ -9,6 +9,8 @@ step; the scale that a re-calibration would give in units of the kept one, as a 
 
 from __future__ import annotations
 
+from recipes.start import run_main
+
 import json
 import math
 import statistics
@@ -20,7 +22,7 @@ from typing import Any
 from hf_sai.blocks import KINDS
 from hf_sai.gsnr_plots import common_drift, plot_over_time
 from hf_sai.monitor import read_record, write_json
-from recipes.common import UserError, run_main
+from recipes.common import UserError
 
 SETTINGS = ("optim", "optim_args", "learning_rate", "lr_scheduler_type", "init_scheme", "max_grad_norm", "bf16", "seed")
 

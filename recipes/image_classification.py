@@ -8,6 +8,8 @@ in-process, for sweeps.
 
 from __future__ import annotations
 
+from recipes.start import run_main
+
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.classifier import ClassifierArguments, read_config, summary, train_classifier
-from recipes.common import run_main, start_logging
+from recipes.common import start_logging
 from recipes.image_data import ImageArguments, load_images
 from recipes.image_models import ImageModelArguments, build_model
 

@@ -20,6 +20,7 @@ _SECONDS = 1.5  # for context managers, trackers and worker processes to end
 # What a running recipe says of its checkpoints: the word for `--resume_from_checkpoint`, or None where there is none.
 _hints: list[Callable[[], str | None]] = []
 _said = threading.Lock()  # held once the line is out
+_ended = threading.Event()  # the program has done its work and only has to exit
 
 
 @contextlib.contextmanager
@@ -59,6 +60,8 @@ def command(extra: str = "") -> str:
 
 def line() -> str:
     """What an interrupt prints."""
+    if _ended.is_set():
+        return "interrupted on the way out; the work is done"
     word = _hints[0]() if _hints else None  # the outermost: a demo's, not that of its parts
     if "LOCAL_RANK" in os.environ:  # this process's command is the launcher's, which is not known here
         again = f"with --resume_from_checkpoint {word}" if word else "again"
@@ -81,6 +84,7 @@ def guarded(main: Callable[[], Any]) -> Any:
         return main()
     owner, signalled, done, seconds = os.getpid(), threading.Event(), threading.Event(), _SECONDS
     _hints.clear()
+    _ended.clear()
     if _said.locked():
         _said.release()
 
@@ -102,12 +106,15 @@ def guarded(main: Callable[[], Any]) -> Any:
                 os._exit(EXIT_STATUS)
         os.close(reads)
 
-    before = signal.signal(signal.SIGINT, interrupt)
+    before = signal.getsignal(signal.SIGINT)
     # C code writes to it at once, also while the main thread computes; a Python handler waits for that to end.
     wakeup = signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
     threading.Thread(target=watch, daemon=True).start()
     try:
-        return main()
+        signal.signal(signal.SIGINT, interrupt)
+        result = main()
+        _ended.set()
+        return result
     except BaseException as error:
         if not signalled.is_set() and not isinstance(error, KeyboardInterrupt):
             raise
@@ -117,21 +124,25 @@ def guarded(main: Callable[[], Any]) -> Any:
     finally:
         # After a signal the thread stays: the process ends in time even where a tracker or a thread waits at exit.
         if not signalled.is_set():
+            signal.signal(signal.SIGINT, before)
             done.set()
             signal.set_wakeup_fd(wakeup)
-            signal.signal(signal.SIGINT, before)
             os.close(writes)
 
 
 def while_importing() -> None:
-    """Until `guarded` runs: Ctrl-C ends a program that still imports its libraries, in one line."""
+    """Until `guarded` runs: Ctrl-C ends a program that still imports its libraries, in one line.
+
+    A worker process that imports leaves it to its parent.
+    """
 
     def interrupt(number: int, frame: Any) -> None:
         _say()
         os._exit(EXIT_STATUS)
 
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, interrupt)
+        worker = multiprocessing.parent_process() is not None
+        signal.signal(signal.SIGINT, signal.SIG_IGN if worker else interrupt)
 
 
 def worker_start() -> None:

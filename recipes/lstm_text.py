@@ -6,6 +6,8 @@ The check that SGD-SaI's scaling holds for recurrent networks. The Trainer's par
 
 from __future__ import annotations
 
+from recipes.start import run_main
+
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from recipes.classifier import ClassifierArguments, read_config, summary, train_classifier
-from recipes.common import UserError, run_main, start_logging
+from recipes.common import UserError, start_logging
 from recipes.sample_text import NAME as SAMPLE
 from recipes.sample_text import sample_file
 

@@ -5,6 +5,8 @@ A table stands between `<!-- table: KIND RECORD -->` and `<!-- end -->`: a kind 
 its record.
 """
 
+from recipes.start import run_main
+
 import argparse
 import json
 import re
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_sai.commands.gsnr import ratios_of
-from recipes.common import UserError, run_main, write_text
+from recipes.common import UserError, write_text
 from recipes.sweep_report import larger_is_better, read_results
 
 ROOT = Path(__file__).parent.parent

@@ -3,8 +3,13 @@
 It puts the clone's root in that place, for the recipes and the `hf_sai` beside this file, whatever clone is installed.
 """
 
-import importlib
+import signal
 import sys
+
+if __name__ == "recipes":  # until `interrupt.py` is loaded Ctrl-C ends the process without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import importlib
 from pathlib import Path
 
 _folder = Path(__file__).resolve().parent

@@ -8,6 +8,8 @@ user's cache folder). A later call uses that folder at once and asks nobody; rem
     python -m recipes.smollm2    # fetches the model and prints its folder
 """
 
+from recipes.start import run_main
+
 import contextlib
 import errno
 import hashlib
@@ -25,7 +27,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from recipes.common import UserError, run_main
+from recipes.common import UserError
 
 NAME = "smollm2"
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"

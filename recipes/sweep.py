@@ -16,6 +16,8 @@ Without `use_cpu` all processes share one GPU, the first that CUDA_VISIBLE_DEVIC
 
 from __future__ import annotations
 
+from recipes.start import run_main
+
 import argparse
 import contextlib
 import functools
@@ -37,7 +39,7 @@ from typing import Any
 
 import torch
 
-from recipes.common import UserError, did_you_mean, read_yaml, run_main, without_folders, write_json
+from recipes.common import UserError, did_you_mean, read_yaml, without_folders, write_json
 from recipes.interrupt import resumable, worker_start
 from recipes.optimizers import ADAM, meaning
 from recipes.provenance import DATA, ORIGIN, PLACES, data_digests, defaults, digest, origins, plain, sealed

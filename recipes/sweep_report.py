@@ -7,6 +7,8 @@ puts several sweeps in one figure of optimizer state bytes against the best valu
 
 from __future__ import annotations
 
+from recipes.start import run_main
+
 import argparse
 import io
 import itertools
@@ -17,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes.common import UserError, run_main, write_bytes
+from recipes.common import UserError, write_bytes
 from recipes.provenance import check_sealed, origins
 
 

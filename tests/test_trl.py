@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from hf_sai import SGDSaI, create_sgd_sai, gsnr_table, sgd_sai_from_args
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install trl")
 from datasets import Dataset  # noqa: E402
 from peft import LoraConfig  # noqa: E402
+from transformers import Qwen2Config, Qwen2ForCausalLM  # noqa: E402
 
 # TRL 1.16 and peft 0.21 still use names that transformers 5.23 has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing(_[a-z]+)?` is deprecated:FutureWarning")
@@ -96,6 +98,34 @@ def test_dpo_with_lora(make_gpt2: Callable[..., Any], tokenizer: Any, preference
     args = trl.DPOConfig(str(tmp_path), optim="sgd_sai", max_length=32, **COMMON)
     data = {"train_dataset": preferences, "processing_class": tokenizer}
     trained(trl.DPOTrainer(make_gpt2(), args=args, peft_config=LORA, **data))
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("name", ["GRPO", "RLOO"])
+def test_policy_gradients_at_trls_own_rate_stay_finite(name: str, tokenizer: Any, tmp_path: Path) -> None:
+    """TRL's tests of these trainers take 0.1 as AdamW's learning rate, on a Qwen2 of width 8, for nine steps."""
+    size = {"vocab_size": 64, "hidden_size": 8, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    Qwen2ForCausalLM(Qwen2Config(**size, **heads, eos_token_id=0, pad_token_id=1)).save_pretrained(tmp_path / "model")
+    prompts = Dataset.from_dict({"prompt": [f"say {i}" for i in range(17)]})
+    settings = {**QUIET, "bf16": False, "learning_rate": 0.1, "max_steps": 9, "logging_steps": 1, "optim": "sgd_sai"}
+    batch = {"per_device_train_batch_size": 3, "num_generations": 3, "max_completion_length": 8}
+    tokenizer.padding_side = "left"
+    trainer = getattr(trl, f"{name}Trainer")(
+        str(tmp_path / "model"),
+        reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
+        args=getattr(trl, f"{name}Config")(str(tmp_path / "out"), **settings, **batch),
+        train_dataset=prompts,
+        processing_class=tokenizer,
+    )
+    before = {key: p.detach().clone() for key, p in trainer.model.named_parameters()}
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 9
+    assert all(math.isfinite(float(loss)) for loss in losses)
+    for key, p in trainer.model.named_parameters():
+        assert torch.isfinite(p).all(), key
+        assert not torch.equal(p, before[key]), key
 
 
 @pytest.mark.usefixtures("registered")

@@ -1,6 +1,8 @@
 """What a stranger has: a clone, other clones, an install without extras, none of our data."""
 
 import hashlib
+import importlib
+import multiprocessing
 import os
 import re
 import shutil
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -95,21 +98,36 @@ def test_no_extra_of_a_package_that_the_index_lacks_is_printed() -> None:
         assert not re.findall(r"hf_sai\[\w+\]", path.read_text(encoding="utf-8")), path.name
 
 
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py") if "\n    run_main(" in path.read_text("utf-8"))
+LIBRARIES = (
+    *("torch", "numpy", "evaluate", "datasets", "transformers", "accelerate", "peft", "trl"),
+    *("yaml", "filelock", "tqdm", "PIL", "matplotlib"),
+)
+
+
 def test_ctrl_c_while_libraries_are_imported_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    """Every recipe as a file and one as a module; each stops in its first import of a library, which takes a minute."""
+    for name in LIBRARIES:
+        (tmp_path / f"{name}.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    command = [sys.executable, "-m", "recipes.sweep", "x.yaml"]
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=pipe, stderr=pipe, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "importing\n"
-    start = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert time.monotonic() - start < 20  # at once, but for a loaded machine; the import takes a minute
-    assert process.returncode == 130
-    wanted = "interrupted; nothing is saved yet, start it again with: python -m recipes.sweep x.yaml"
-    assert said.strip() == wanted
+    started = [["recipes/" + name + ".py", "x.yaml"] for name in RECIPES] + [["-m", "recipes.sweep", "x.yaml"]]
+    assert len(started) > 17
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment, **pipes) for words in started]
+    for process, words in zip(processes, started, strict=True):
+        assert process.stdout.readline() == "importing\n", words
+        start = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+        assert time.monotonic() - start < 20, words  # at once, but for a loaded machine; the import takes a minute
+        assert process.returncode == 130, words
+        wanted = f"interrupted; nothing is saved yet, start it again with: python {' '.join(words)}"
+        assert said.strip() == wanted, words
+
+
+def test_a_worker_that_imports_leaves_ctrl_c_to_its_parent() -> None:
+    with multiprocessing.get_context("spawn").Pool(1, importlib.import_module, ("recipes",)) as pool:
+        assert pool.apply(signal.getsignal, (signal.SIGINT,)) == signal.SIG_IGN
 
 
 # ---------------------------------------------------------------- data

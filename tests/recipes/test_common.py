@@ -1,5 +1,7 @@
 """Configuration, records, measuring: recipes/common.py and recipes/optimizers.py."""
 
+from recipes.start import run_main
+
 import copy
 import json
 import math
@@ -25,7 +27,6 @@ from recipes.common import (
     machine,
     parse_config,
     public_settings,
-    run_main,
     versions,
     write_json,
     write_text,

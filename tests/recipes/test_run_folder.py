@@ -1,5 +1,7 @@
 """One way to resume, one guard of a run's folder, and what Ctrl-C leaves: recipes/run_folder.py, interrupt.py."""
 
+from recipes.start import run_main
+
 import json
 import os
 import signal
@@ -15,7 +17,7 @@ import pytest
 import yaml
 
 from recipes import interrupt
-from recipes.common import UserError, check_writable, parse_config, run_main
+from recipes.common import UserError, check_writable, parse_config
 from recipes.diffusion_config import DiffusionArguments
 from recipes.gpt2_pretrain import PretrainArguments
 from recipes.optimizers import RecipeArguments
@@ -260,6 +262,11 @@ def test_a_program_that_ends_by_itself_leaves_the_signal_as_it_was(capsys: pytes
     until(lambda: threading.active_count() == threads)
 
 
+def test_ctrl_c_after_the_work_does_not_say_that_nothing_is_saved() -> None:
+    interrupt.guarded(lambda: None)
+    assert interrupt.line() == "interrupted on the way out; the work is done"
+
+
 def until(what: Callable[[], object], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not what():
@@ -272,7 +279,7 @@ PATIENCE = 20  # seconds: two are promised, a loaded machine may need more
 
 BUSY = """
 import sys, torch
-from recipes.common import run_main
+from recipes.start import run_main
 
 def main():
     a = torch.ones(4000, 4000, dtype=torch.float64)
