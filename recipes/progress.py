@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+from huggingface_hub.utils import logging as hub_logging
 from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
@@ -50,14 +52,17 @@ class TrainingProgress(TrainerCallback):
         self._training: Any = None
         self._evaluation: Any = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._training = progress(state.max_steps, "train", "steps")
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._training is None:  # not at the start of the training, where an evaluation may come first
+            self._training = progress(state.max_steps - state.global_step, "train", "steps")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._training.update()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._training.close()
+        if self._training is not None:
+            self._training.close()
+        self._training = None
 
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
@@ -77,15 +82,21 @@ def quiet() -> Iterator[None]:
     """Without the bars and warnings of libraries, about which a user of the demo can do nothing; ours are shown."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where it is installed, DeepSpeed says that it finds no GPU
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warns of the fork that starts Java
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
+    libraries = (transformers_logging, hub_logging)
+    verbosity, bars = [one.get_verbosity() for one in libraries], transformers_logging.is_progress_bar_enabled()
+    for one in libraries:
+        one.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    if not sys.stderr.isatty():  # on a terminal the hub shows how far a download is
+        disable_progress_bars()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.filterwarnings("default", message="SGDSaI")
             yield
     finally:
-        transformers_logging.set_verbosity(verbosity)
+        for one, level in zip(libraries, verbosity, strict=True):
+            one.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
+        enable_progress_bars()
