@@ -47,7 +47,7 @@ class Size:
 
 
 BASES = {
-    "smollm2": Size(40, 4, 32, 24, {"lora_alpha": 8, "lora_target_modules": ["q_proj", "v_proj"], "num_beams": 1}),
+    "smollm2": Size(50, 4, 32, 24, {"lora_alpha": 8, "lora_target_modules": ["q_proj", "v_proj"], "num_beams": 1}),
     "toy": Size(300, 16, 400, 60, {"num_beams": 4}),
 }
 
@@ -111,7 +111,7 @@ def recipe_config(model: str, data: Path, size: Size) -> E2EArguments:
         max_test_mrs=size.test_mrs,
         lora_dropout=0.0,
         no_repeat_ngram_size=0,  # also counts what stands in the prompt: no `5 out of 5` in an output
-        generation_batch_size=size.test_mrs,
+        generation_batch_size=12,
         **size.settings,
     )
 
@@ -127,7 +127,7 @@ def fine_tune(
         warmup_steps=max(1, size.steps // 10),
         max_steps=size.steps,
         per_device_train_batch_size=size.batch,
-        per_device_eval_batch_size=16,
+        per_device_eval_batch_size=8,
         eval_on_start=True,
         logging_steps=max(1, size.steps // 30),
         save_strategy="no",
@@ -171,7 +171,7 @@ def sentences(
     """Meaning representations with a human text and each model's output, each text as `shown` gives it."""
     blocks = []
     for one in groups:
-        lines = [f"- {name}: {shown(by_mr[one.mr])}" for name, by_mr in outputs.items()]
+        lines = [f"- {name}: {shown(by_mr[one.mr]) or '(nothing)'}" for name, by_mr in outputs.items()]
         blocks.append("\n".join([shown(one.mr), f"- reference: {shown(one.references[0])}", *lines]))
     return "\n\n".join(blocks)
 

@@ -120,8 +120,9 @@ def test_a_part_of_the_set_is_chosen_by_chance_and_keeps_all_references(tmp_path
 
 def test_the_sentences_name_each_model() -> None:
     groups = [Group("name[a]", ["a is b.", "b is a."])]
-    text = demo.sentences(groups, {"base model": {"name[a]": "x  y"}, "AdamW": {"name[a]": "a is b."}})
-    assert text == "name[a]\n- reference: a is b.\n- base model: x y\n- AdamW: a is b."
+    outputs = {"base model": {"name[a]": ""}, "SGD-SaI": {"name[a]": "x  y"}, "AdamW": {"name[a]": "a is b."}}
+    wanted = ["name[a]", "- reference: a is b.", "- base model: (nothing)", "- SGD-SaI: x y", "- AdamW: a is b."]
+    assert demo.sentences(groups, outputs).splitlines() == wanted
 
 
 def test_pretraining_never_sees_the_task(tmp_path: Path) -> None:
