@@ -31,8 +31,8 @@ $(VENV)/.docs: pyproject.toml constraints.txt
 	$(PIP) -e '.[docs]'
 	touch $@
 
-demo: $(VENV)/.recipes  ## LoRA on E2E-style data, SGD-SaI beside AdamW; DATA=folder for the real E2E set
-	$(BIN)/python -m recipes.demo $(if $(DATA),--data $(DATA))
+demo: $(VENV)/.recipes  ## LoRA on SmolLM2, SGD-SaI beside AdamW; DATA=folder for the real E2E set, BASE=toy offline
+	@$(BIN)/python -m recipes.demo $(if $(BASE),--base $(BASE)) $(if $(DATA),--data $(DATA))
 
 demo-diffusion: $(VENV)/.diffusion  ## concept LoRA on a toy world, optimizers at three learning rates each; run it again to resume
 	$(BIN)/python -m recipes.diffusion_demo

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipes.common import UserError
+from recipes.common import UserError, write_text
 
 HUB_NAME = "tuetschek/e2e_nlg"
 # The hub's copy has a loading script, which `datasets` no longer runs; this revision holds the same rows as parquet.
@@ -131,6 +131,14 @@ def read_csv(path: Path) -> list[Row]:
     if not rows:
         raise UserError(f"{path}: holds no rows")
     return rows
+
+
+def write_csv(path: Path, rows: Iterable[Row]) -> None:
+    """A file in the official schema, as `read_csv` reads it."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([COLUMNS[0], *rows])
+    write_text(path, text.getvalue())
 
 
 def group(rows: Sequence[Row]) -> list[Group]:

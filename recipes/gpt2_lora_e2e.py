@@ -26,11 +26,13 @@ from accelerate.utils import gather_object
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from tqdm import tqdm
 from transformers import (
     DataCollatorForSeq2Seq,
     GenerationConfig,
+    PrinterCallback,
+    ProgressCallback,
     Trainer,
+    TrainerCallback,
     set_seed,
 )
 from transformers.pytorch_utils import Conv1D
@@ -53,6 +55,7 @@ from recipes.common import (
 from recipes.data import HUB_NAME, E2ETokens, Group, clean, group, load_e2e, prompt_ids
 from recipes.models import base_weights, check_model, hub_name, load_model
 from recipes.optimizers import RecipeArguments, trainer_optimizer
+from recipes.progress import progress
 from recipes.provenance import Began, run_record
 from recipes.run_folder import run_folder
 
@@ -168,9 +171,9 @@ def generate(model: Any, tokenizer: Any, groups: list[Group], config: E2EArgumen
     Prompts are padded on the left, so that in a batch every continuation starts at the same position.
     """
     state = PartialState()
+    beams = {"num_beams": config.num_beams, "length_penalty": config.length_penalty} if config.num_beams > 1 else {}
     decoding = GenerationConfig(
-        num_beams=config.num_beams,
-        length_penalty=config.length_penalty,
+        **beams,
         no_repeat_ngram_size=config.no_repeat_ngram_size,
         max_new_tokens=config.max_new_tokens,
         eos_token_id=tokenizer.eos_token_id,
@@ -182,21 +185,24 @@ def generate(model: Any, tokenizer: Any, groups: list[Group], config: E2EArgumen
     outputs: list[tuple[int, str]] = []
     model.eval()
     device = next(model.parameters()).device
-    with tqdm(total=len(mine), desc="generate", unit="MR", disable=not state.is_main_process) as progress:
-        for start in range(0, len(mine), config.generation_batch_size):
-            batch = mine[start : start + config.generation_batch_size]
-            width = max(len(prompts[i]) for i in batch)
-            padding = [width - len(prompts[i]) for i in batch]
-            ids = [[tokenizer.pad_token_id] * pad + prompts[i] for pad, i in zip(padding, batch, strict=True)]
-            mask = [[0] * pad + [1] * (width - pad) for pad in padding]
-            found = model.generate(
-                input_ids=torch.tensor(ids, device=device),  # (batch, width)
-                attention_mask=torch.tensor(mask, device=device),
-                generation_config=decoding,
-            )
-            texts = tokenizer.batch_decode(found[:, width:], skip_special_tokens=True)
-            outputs += [(i, clean(text)) for i, text in zip(batch, texts, strict=True)]
-            progress.update(len(batch))
+    shown = progress(len(mine), "generate", "MRs") if state.is_main_process else None
+    for start in range(0, len(mine), config.generation_batch_size):
+        batch = mine[start : start + config.generation_batch_size]
+        width = max(len(prompts[i]) for i in batch)
+        padding = [width - len(prompts[i]) for i in batch]
+        ids = [[tokenizer.pad_token_id] * pad + prompts[i] for pad, i in zip(padding, batch, strict=True)]
+        mask = [[0] * pad + [1] * (width - pad) for pad in padding]
+        found = model.generate(
+            input_ids=torch.tensor(ids, device=device),  # (batch, width)
+            attention_mask=torch.tensor(mask, device=device),
+            generation_config=decoding,
+        )
+        texts = tokenizer.batch_decode(found[:, width:], skip_special_tokens=True)
+        outputs += [(i, clean(text)) for i, text in zip(batch, texts, strict=True)]
+        if shown:
+            shown.update(len(batch))
+    if shown:
+        shown.close()
     return [text for _, text in sorted(gather_object(outputs))]
 
 
@@ -286,8 +292,13 @@ def save_plots(trainer: Trainer, folder: Path) -> dict[str, Path]:
     return paths
 
 
-def run(config: E2EArguments, args: RecipeArguments) -> dict[str, Any]:
+def run(config: E2EArguments, args: RecipeArguments, shown: TrainerCallback | None = None) -> dict[str, Any]:
     """Train, evaluate, generate, score, save; returns the record, on every process.
+
+    Args:
+        config: model, data, adapter, decoding and scoring.
+        args: the training.
+        shown: shows the progress of the training in place of the Trainer's own bars and logs.
 
     Raises:
         UserError: bad data, model or settings, or an `output_dir` that holds or is held by another run.
@@ -299,10 +310,12 @@ def run(config: E2EArguments, args: RecipeArguments) -> dict[str, Any]:
     check_model(config.model)
     last = functools.partial(last_whole_checkpoint, args.output_dir)
     with run_folder(args.output_dir, args.resume_from_checkpoint, last, args.overwrite_output_dir) as checkpoint:
-        return _run(config, args, checkpoint)
+        return _run(config, args, checkpoint, shown)
 
 
-def _run(config: E2EArguments, args: RecipeArguments, checkpoint: str | None) -> dict[str, Any]:
+def _run(
+    config: E2EArguments, args: RecipeArguments, checkpoint: str | None, shown: TrainerCallback | None
+) -> dict[str, Any]:
     state = PartialState()
     folder = Path(args.output_dir)
     set_seed(args.seed)
@@ -331,6 +344,10 @@ def _run(config: E2EArguments, args: RecipeArguments, checkpoint: str | None) ->
     )
     if args.optim == "sgd_sai":
         trainer.add_callback(GSNRCallback(trainer=trainer))
+    if shown is not None:
+        trainer.remove_callback(ProgressCallback)
+        trainer.remove_callback(PrinterCallback)  # the Trainer has one of the two, by `disable_tqdm`
+        trainer.add_callback(shown)
     training = trainer.train(resume_from_checkpoint=checkpoint)
     eval_loss = trainer.evaluate()["eval_loss"]
     outputs: list[str] = []

@@ -13,6 +13,7 @@ from recipes.start import run_main
 import contextlib
 import errno
 import hashlib
+import io
 import os
 import shutil
 import subprocess
@@ -220,9 +221,10 @@ def _convert(gguf: Path, folder: Path) -> None:
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
-        )
+        with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader's bar has no switch
+            loaded = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
+            )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
         # transformers does not save a model whose config says that it is quantized.
         config: dict[str, Any] = loaded.config.to_dict()

@@ -5,15 +5,12 @@ representation, no meaning representation in two splits). `general_rows` makes t
 ships, schools, people, days - to pretrain on, so that a base knows words and tables but not this task.
 """
 
-import csv
-import io
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipes.common import write_text
-from recipes.data import Row
+from recipes.data import Row, write_csv
 
 _NAMES = (
     "The Copper Kettle",
@@ -271,13 +268,11 @@ def write_sample(
         tables.setdefault(_as_mr(table), table)
     mrs = iter(tables)
     for split, count in (("train", train_mrs), ("dev", dev_mrs), ("test", test_mrs)):
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(("mr", "ref"))
+        rows = []
         for mr in (next(mrs) for _ in range(count)):
             texts = dict.fromkeys(describe(tables[mr], RESTAURANT, "place", rng) for _ in range(references))
-            writer.writerows((mr, reference) for reference in texts)
-        write_text(folder / f"{split}.csv", text.getvalue())
+            rows += [Row(mr, reference) for reference in texts]
+        write_csv(folder / f"{split}.csv", rows)
     return folder
 
 

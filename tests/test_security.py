@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from hf_sai import SaITrainer, SaITrainingArguments
 from recipes.common import UserError, machine, versions
 from recipes.compare import compare
-from recipes.data import E2EData, Row, load_e2e
+from recipes.data import Group, load_e2e
 from recipes.demo import sentences
 from recipes.gpt2_lora_e2e import E2EArguments, model_card, run
 from recipes.gpt2_pretrain import read_config
@@ -271,8 +271,7 @@ def test_the_card_of_a_concept_holds_no_foreign_markup() -> None:
 def test_texts_of_the_set_are_text_in_the_demo_report() -> None:
     from recipes.common import markdown_text
 
-    data = E2EData([], [], [Row(NASTY, NASTY)])
-    report = sentences(data, {"SGD-SaI": [{"MR": NASTY, "output": NASTY}]}, markdown_text)
+    report = sentences([Group(NASTY, [NASTY])], {"SGD-SaI": {NASTY: NASTY}}, markdown_text)
     assert inline_kinds(report) <= INLINE
     assert "# T" not in report.splitlines()
 
