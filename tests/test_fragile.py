@@ -152,36 +152,27 @@ def final_loss(make: Callable[[Any], torch.optim.Optimizer], case: Case, schedul
         return float((model(x, STEPS) - y).square().mean())
 
 
-# One run in ten ends on a plateau, with either optimizer: the median of several is compared.
-SEEDS = range(5)
-GROWN = "a thousand times as large after the window"
+# One run in ten ends on a plateau, with either optimizer: the median over seeds of the ratio of losses decides.
+SEEDS = range(7)
 ROWS = [
-    *((case, "linear warm-up") for case in CASES if case not in ("an idle expert", GROWN)),
+    *((case, "linear warm-up") for case in CASES if case != "an idle expert"),
     *((case, "none") for case in ("zero in the first 2", "two zero layers in a row", "noise of 1e-15 in the first")),
-    pytest.param(
-        "an idle expert",
-        "linear warm-up",
-        marks=pytest.mark.xfail(reason="16 % above AdamW; 12 % without idle steps, 10 % if zeros count"),
-    ),
-    pytest.param(
-        GROWN,
-        "linear warm-up",
-        marks=pytest.mark.xfail(reason="11 % above AdamW: a scale takes some hundred steps to follow"),
-    ),
+    pytest.param("an idle expert", "linear warm-up", marks=pytest.mark.xfail(reason="6 % above AdamW")),
 ]
 
 
 @pytest.mark.parametrize(("case", "schedule"), ROWS)
 def test_the_loss_is_that_of_adamw_or_better(case: str, schedule: str) -> None:
     ours, theirs = (
-        statistics.median(
+        [
             final_loss(lambda params, make=make: make(params, lr=LR, weight_decay=0.01), CASES[case], schedule, seed)
             for seed in SEEDS
-        )
+        ]
         for make in (SGDSaI, torch.optim.AdamW)
     )
-    print(f"{case}, {schedule}: {ours:.4f}, AdamW {theirs:.4f}")
-    assert ours < 1.05 * theirs
+    ratio = statistics.median(our / their for our, their in zip(ours, theirs, strict=True))
+    print(f"{case}, {schedule}: {ratio:.3f} of AdamW's loss")
+    assert ratio < 1.05
 
 
 def test_the_losses_would_show_a_layer_that_is_left_behind() -> None:

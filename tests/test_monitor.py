@@ -14,6 +14,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_sai import GSNRCallback, SaITrainer, SaITrainingArguments, SGDSaI, gsnr_table
+from hf_sai.channels import channels
 from hf_sai.monitor import Measured, measure_gradients, read_record, recalibrated, write_json
 from hf_sai.release import release_gradients
 
@@ -103,15 +104,17 @@ def test_drift_is_what_a_calibration_now_would_make_of_the_scale(
 def test_drift_in_adamws_units_is_the_gradient_so_far_in_units_of_the_gradient_now(
     make_gpt2: Callable[..., Any], token_dataset: list[Any], tmp_path: Path
 ) -> None:
-    """Of a block as one channel: within the window its scale is made of the gradients so far, each counting alike."""
+    """Of the block as a whole: within the window its scale is made of the gradients so far, each counting alike."""
     seen = Gradients()
     trainer = train(tmp_path, token_dataset, make_gpt2(), [seen, GSNRCallback(every=1)])
     record = read_record(tmp_path / "gsnr.json")
     for block in record["blocks"]:
-        squares = [seen.steps[step][block["name"]].square().mean().item() for step in record["steps"]]
+        gradients = [seen.steps[step][block["name"]] for step in record["steps"]]
+        rms = torch.stack([g.square().mean(channels(g.shape).dims).sqrt() for g in gradients])
         for i, drift in enumerate(block["drift"]):
+            held = rms[: i + 1].mean(0).square().mean() / rms[i].square().mean()
             # Scales hold eps = 1e-8 beside gradients of channels, of which the smallest are near 1e-4.
-            assert drift == pytest.approx(math.sqrt(sum(squares[: i + 1]) / (i + 1) / squares[i]), rel=2e-4)
+            assert drift == pytest.approx(held.sqrt().item(), rel=2e-4)
     assert all(row.calibrated for row in gsnr_table(trainer.optimizer, trainer.model))
 
 

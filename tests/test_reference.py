@@ -39,6 +39,6 @@ def test_eighty_steps(path: dict[str, Any], dtype: torch.dtype, momentum: float,
     eps = torch.finfo(torch.float32).eps
     for p, twin in zip([*params, tokens], twins, strict=True):
         scale = optimizer.state[p]["scale"].double().flatten()
-        expected = 1 / (twin.v.sqrt().flatten() + 1e-8)
+        expected = 1 / (twin.rms.flatten() + 1e-8)
         assert ((scale - expected).abs() <= 100 * eps * expected).all()
         assert (p.double() - twin.p).abs().max() <= 80 * eps * (1 + twin.p.abs().max())
