@@ -203,7 +203,10 @@ def _is_plain(value: Any) -> bool:
 
 @functools.lru_cache(maxsize=1)
 def commit() -> tuple[str | None, bool | None]:
-    """The commit of this code and whether the code is as committed; None where git does not know it."""
+    """The commit of this code and whether the code is as committed; None where git does not know it.
+
+    In a copy without git `HF_SAI_COMMIT` names the commit that was copied; whether it was changed since is unknown.
+    """
 
     def git(*words: str) -> str:
         command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parents[1]), *words]
@@ -214,7 +217,7 @@ def commit() -> tuple[str | None, bool | None]:
         code = ("hf_sai", "recipes", "pyproject.toml", ":!recipes/results")
         return git("rev-parse", "HEAD"), not git("status", "--porcelain", "--", *code)
     except (OSError, subprocess.SubprocessError):
-        return None, None
+        return os.environ.get("HF_SAI_COMMIT"), None
 
 
 def command() -> str:
