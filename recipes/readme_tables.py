@@ -1,8 +1,8 @@
 """The tables of README.md and docs/*.md, from `recipes/results/*.json`: `python -m recipes.readme_tables [--check]`.
 
-A table stands between `<!-- table: KIND RECORD -->` and `<!-- end -->`: a kind of `TABLES` and the name of a file in
-`recipes/results/` without `.json`. With `--check` nothing is written, and the exit status is 1 if a table differs from
-its record.
+A table stands between `<!-- table: KIND RECORD ... -->` and `<!-- end -->`: a kind of `TABLES` and names of files in
+`recipes/results/` without `.json`; `versus` takes several of them, the others one. With `--check` nothing is written,
+and the exit status is 1 if a table differs from its record.
 """
 
 from recipes.start import run_main
@@ -115,7 +115,57 @@ def speed(record: Mapping[str, Any]) -> str:
     )
 
 
-TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {"sweep": sweep, "gsnr": gsnr, "speed": speed}
+def versus(*records: Mapping[str, Any]) -> str:
+    """A row for each job of some sweeps: SGD-SaI beside AdamW at AdamW's best learning rate, means over seeds.
+
+    Of the rates that both ran with equally many seeds, at least two. A job is a pair of runs `AdamW...` and
+    `SGD-SaI...` of one sweep, at the grid's length and at that of `final`; its title is the head of the sweep's file.
+    """
+    rows, devices = [], set()
+    for record in records:
+        head = (ROOT / "recipes" / "configs" / record["sweep"]).read_text(encoding="utf-8").splitlines()[0]
+        for stage in ("runs", "finals"):
+            found: dict[str, dict[float, list[Mapping[str, Any]]]] = {}
+            for row in record[stage]:
+                rates = found.setdefault(row["run"], {})
+                rates.setdefault(float(row["point"]["learning_rate"]), []).append(row)
+            for name, theirs in found.items():
+                ours = found.get(name.replace("AdamW", "SGD-SaI"), {})
+                both = [rate for rate, own in theirs.items() if 1 < len(own) == len(ours.get(rate, ()))]
+                if not name.startswith("AdamW") or not both:
+                    continue
+                mean = {rate: statistics.fmean(row["value"] for row in theirs[rate]) for rate in both}
+                rate = min(both, key=mean.__getitem__)
+                pair = [[row["value"] for row in own[rate]] for own in (theirs, ours)]
+                tried = [float(row["point"]["learning_rate"]) for row in record["runs"] if row["run"] == name]
+                edge = " (edge)" if rate in (min(tried), max(tried)) else ""
+                state = [own[rate][0]["optimizer_state_bytes"] for own in (theirs, ours)]
+                title = head.removeprefix("# ").partition(":")[0] + name.removeprefix("AdamW")
+                if stage == "finals":
+                    title += ", at length"
+                rows.append(
+                    [
+                        title,
+                        f"{rate:g}{edge}",
+                        *(f"{statistics.fmean(x):.3f} ({min(x):.3f} to {max(x):.3f})" for x in pair),
+                        f"{100 * (statistics.fmean(pair[1]) / mean[rate] - 1):+.1f} %",
+                        f"{state[1] / state[0]:.3f}",
+                        str(len(pair[0])),
+                    ]
+                )
+                devices |= {str(row["device"]) for row in theirs[rate] + ours[rate]}
+    header = ["validation loss", "learning rate", "AdamW (range)", "SGD-SaI (range)", "difference", "state", "seeds"]
+    return (
+        f"{markdown(header, rows)}\n\nBoth at the learning rate at which AdamW is best of those tried; *edge*: the "
+        f"lowest or highest of them. *State*: SGD-SaI's optimizer state over AdamW's. {', '.join(sorted(devices))}."
+    )
+
+
+TABLES: dict[str, Callable[..., str]] = {"sweep": sweep, "versus": versus, "gsnr": gsnr, "speed": speed}
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def rewritten(text: str) -> str:
@@ -126,15 +176,16 @@ def rewritten(text: str) -> str:
     """
 
     def table(match: re.Match[str]) -> str:
-        kind, name = match["kind"], match["record"]
-        path = RESULTS / f"{name}.json"
-        if kind not in TABLES or not path.exists():
-            what = f"must be one of {', '.join(TABLES)}" if kind not in TABLES else f"needs {path.name}"
-            raise UserError(f"table: {kind} {name}: {kind} {what}")
-        record = read_results(path) if kind == "sweep" else json.loads(path.read_text(encoding="utf-8"))
-        return f"{match['start']}{TABLES[kind](record)}\n{match['end']}"
+        kind, names = match["kind"], match["records"].split()
+        paths = [RESULTS / f"{name}.json" for name in names]
+        missing = [path.name for path in paths if not path.exists()]
+        if kind not in TABLES or missing:
+            what = f"must be one of {', '.join(TABLES)}" if kind not in TABLES else f"needs {', '.join(missing)}"
+            raise UserError(f"table: {kind} {match['records']}: {kind} {what}")
+        read = read_results if kind in ("sweep", "versus") else _read
+        return f"{match['start']}{TABLES[kind](*map(read, paths))}\n{match['end']}"
 
-    block = r"(?P<start><!-- table: (?P<kind>\w+) (?P<record>\w+) -->\n).*?(?P<end><!-- end -->)"
+    block = r"(?P<start><!-- table: (?P<kind>\w+) (?P<records>[\w ]+) -->\n).*?(?P<end><!-- end -->)"
     return re.sub(block, table, text, flags=re.DOTALL)
 
 
