@@ -45,7 +45,7 @@ def sweep(record: Mapping[str, Any]) -> str:
     for name, best in record["best"].items():
         grid = [row for row in record["runs"] if row["run"] == name]
         finals = [row for row in record["finals"] if row["run"] == name]
-        values = [row["value"] for row in finals] or [best["value"]]
+        values = [row["value"] for row in finals or [row for row in grid if row["point"] == best["point"]]]
         diverged = sum(row["value"] is None for row in [*grid, *finals])
         value = "diverged" if None in values else as_text(statistics.fmean(values))
         if len(values) > 1 and None not in values:
@@ -66,8 +66,9 @@ def sweep(record: Mapping[str, Any]) -> str:
         ["", axes, f"{metric.rpartition('.')[2]}{unit} (range)", *scores, "diverged", "state kB"],
         rows,
     )
-    seeds = len({row["seed"] for row in record["finals"]})
-    at_length = f", then {seeds} seed{'s' * (seeds > 1)} of it: mean and range" if seeds else ", one seed"
+    seeds = len({row["seed"] for row in record["finals"] or record["runs"]})
+    then = ", then" if record["finals"] else ","
+    at_length = f"{then} {seeds} seed{'s' * (seeds > 1)} of it{': mean and range' * (seeds > 1)}"
     devices = ", ".join(sorted({str(row["device"]) for row in every}))
     several = f" {record['origins']}" if record["origins"] else ""
     return f"{table}\n\nThe best point of each optimizer's grid{at_length}. {devices}.{several} `{record['command']}`"
@@ -113,6 +114,26 @@ def speed(record: Mapping[str, Any]) -> str:
         f"{markdown(header, rows)}\n\nMedian of {max(row['steps'] for row in measured.values())} steps or fewer, "
         f"{first['threads']} threads; {record['machine']['cpu']}, torch {record['versions']['torch']}."
     )
+
+
+def rates(record: Mapping[str, Any]) -> str:
+    """A row for each learning rate of a sweep's grid and a column for each optimizer: mean and range over seeds."""
+    runs = list(dict.fromkeys(row["run"] for row in record["runs"]))
+    tried = sorted({float(row["point"]["learning_rate"]) for row in record["runs"]})
+    rows = []
+    for rate in tried:
+        cells = []
+        for name in runs:
+            own = [r for r in record["runs"] if r["run"] == name and float(r["point"]["learning_rate"]) == rate]
+            values = [row["value"] for row in own]
+            kept = [value for value in values if value is not None]
+            cell = f"{statistics.fmean(kept):.3f} ({min(kept):.3f} to {max(kept):.3f})" if kept else "-"
+            cells.append(f"{len(values) - len(kept)} of {len(values)} diverged" if len(kept) < len(values) else cell)
+        rows.append([f"{rate:g}", *cells])
+    devices = ", ".join(sorted({str(row["device"]) for row in record["runs"]}))
+    seeds = [sum(r["run"] == name for r in record["runs"]) / len(tried) for name in runs]
+    counted = f"{seeds[0]:g} seeds each" if len(set(seeds)) == 1 and seeds[0] % 1 == 0 else "not every run has finished"
+    return f"{markdown(['learning rate', *runs], rows)}\n\nMean and range, {counted}. {devices}. `{record['command']}`"
 
 
 def versus(*records: Mapping[str, Any]) -> str:
@@ -161,7 +182,7 @@ def versus(*records: Mapping[str, Any]) -> str:
     )
 
 
-TABLES: dict[str, Callable[..., str]] = {"sweep": sweep, "versus": versus, "gsnr": gsnr, "speed": speed}
+TABLES: dict[str, Callable[..., str]] = {"sweep": sweep, "rates": rates, "versus": versus, "gsnr": gsnr, "speed": speed}
 
 
 def _read(path: Path) -> Any:
@@ -182,7 +203,7 @@ def rewritten(text: str) -> str:
         if kind not in TABLES or missing:
             what = f"must be one of {', '.join(TABLES)}" if kind not in TABLES else f"needs {', '.join(missing)}"
             raise UserError(f"table: {kind} {match['records']}: {kind} {what}")
-        read = read_results if kind in ("sweep", "versus") else _read
+        read = read_results if kind in ("sweep", "rates", "versus") else _read
         return f"{match['start']}{TABLES[kind](*map(read, paths))}\n{match['end']}"
 
     block = r"(?P<start><!-- table: (?P<kind>\w+) (?P<records>[\w ]+) -->\n).*?(?P<end><!-- end -->)"
