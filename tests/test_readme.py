@@ -14,7 +14,7 @@ from hf_sai import SGDSaI
 from hf_sai.bench.state_bytes import optimizer_state_bytes
 from recipes import readme_tables
 from recipes.common import UserError
-from recipes.readme_tables import rewritten, speed, sweep
+from recipes.readme_tables import rates, rewritten, speed, sweep, versus
 
 ROOT = Path(__file__).parent.parent
 PAGES = readme_tables.pages()
@@ -22,7 +22,7 @@ PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 # In the pages and in what a contributor reads.
 TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 TEXT = pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
-BLOCK = re.compile(r"<!-- table: \w+ \w+ -->\n.*?<!-- end -->", re.DOTALL)
+BLOCK = re.compile(r"<!-- table: \w+ [\w ]+ -->\n.*?<!-- end -->", re.DOTALL)
 TABLES = [block for page in PAGES for block in BLOCK.findall(page.read_text(encoding="utf-8"))]
 
 
@@ -47,7 +47,7 @@ def test_a_changed_number_is_noticed(block: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("speeed bench", r"table: speeed bench: speeed must be one of sweep, gsnr, speed"),
+        ("speeed bench", r"table: speeed bench: speeed must be one of sweep, rates, versus, gsnr, speed"),
         ("sweep nothing", r"table: sweep nothing: sweep needs nothing\.json"),
     ],
 )
@@ -94,6 +94,41 @@ def test_the_table_of_a_sweep() -> None:
     accuracy = record | {"metric": "final.eval_top1", "finals": []}
     assert "| ours | 0.01 | 150.0 | 1 of 3 | 1,234 |" in sweep(accuracy)
     assert "eval_top1, % (range)" in sweep(accuracy)
+
+
+def two_optimizers() -> dict[str, Any]:
+    """Three rates with two seeds each; at the last one a run of ours diverged."""
+    losses = {"AdamW": {1e-3: 2.0, 2e-3: 1.0, 4e-3: 3.0}, "SGD-SaI": {1e-3: 1.5, 2e-3: 1.25, 4e-3: None}}
+    states = {"AdamW": 1000, "SGD-SaI": 500}
+    runs = [
+        row(name, rate, None if value is None else value + seed / 2, seed, states[name])
+        for name, own in losses.items()
+        for rate, value in own.items()
+        for seed in range(2)
+    ]
+    return {"sweep": "pretrain5m_sweep.yaml", "runs": runs, "finals": [], "command": "run it"}
+
+
+def test_the_table_of_every_rate() -> None:
+    assert rates(two_optimizers()).splitlines() == [
+        "| learning rate | AdamW | SGD-SaI |",
+        "| --- | ---: | ---: |",
+        "| 0.001 | 2.250 (2.000 to 2.500) | 1.750 (1.500 to 2.000) |",
+        "| 0.002 | 1.250 (1.000 to 1.500) | 1.500 (1.250 to 1.750) |",
+        "| 0.004 | 3.250 (3.000 to 3.500) | 2 of 2 diverged |",
+        "",
+        "Mean and range, 2 seeds each. a CPU. `run it`",
+    ]
+
+
+def test_the_table_of_sgd_sai_beside_adamw() -> None:
+    """At AdamW's best rate, of those with equally many seeds, at least two; one row a job."""
+    record = two_optimizers()
+    job = "GPT-2 5.4 M from scratch, 1 M tokens"
+    best = f"| {job} | 0.002 | 1.250 (1.000 to 1.500) | 1.500 (1.250 to 1.750) | +20.0 % | 0.500 | 2 |"
+    assert versus(record).splitlines()[2:4] == [best, ""]
+    record["runs"] = [r for r in record["runs"] if r["point"] != {"learning_rate": 2e-3} or r["seed"] == 0]
+    assert "| 0.001 (edge) | 2.250 (2.000 to 2.500) | 1.750 (1.500 to 2.000) | -22.2 % |" in versus(record)
 
 
 def test_the_table_of_a_benchmark() -> None:
