@@ -101,6 +101,8 @@ class RecipeArguments(TrainingArguments):
             self.optim_args = _or_user_error(normalize_optim_args, self.optim_args)
         # The parent accepts its own names only; the recipes hand the optimizer to the Trainer themselves.
         self.optim = optim if isinstance(optim, OptimizerNames) else OptimizerNames.ADAMW_TORCH
+        # Without this transformers refuses bf16 where there is no accelerator, though a CPU computes it.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         self.optim = optim
 

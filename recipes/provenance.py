@@ -33,8 +33,8 @@ from recipes.smollm2 import WHEEL_SHA256, is_converted
 
 # Options of the recipes that name data: files, folders, names on the hub, or words such as `sample`.
 DATA = ("train_files", "validation_files", "dataset", "data", "text", "model", "tokenizer")
-# Options that say where a run keeps things, not what it does.
-PLACES = {*PRIVATE, "cache_dir", "record", "dataloader_pin_memory"}
+# Options that say where a run computes and keeps things, not what it does.
+PLACES = {*PRIVATE, "cache_dir", "record", "dataloader_pin_memory", "use_cpu"}
 # What a run reads of a model's or a tokenizer's folder, which may hold the record of the run that made it, too.
 _MODEL_FILES = (
     *("*.safetensors", "pytorch_model*.bin", "config.json", "model_index.json", "tokenizer*", "vocab*", "merges.txt"),

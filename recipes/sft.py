@@ -20,9 +20,10 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, 
 from hf_sai import register
 from hf_sai.bench.state_bytes import optimizer_state_bytes
 from hf_sai.checkpoints import last_whole_checkpoint
-from recipes.common import StepTimer, UserError, expand_data_folder, find_config, run_record, start_logging, write_json
+from recipes.common import StepTimer, UserError, expand_data_folder, find_config, start_logging, write_json
 from recipes.data import HUB_NAME, Row, clean, load_e2e, prompt
 from recipes.models import base_weights, hub_name, resolve_model
+from recipes.provenance import run_record
 from recipes.run_folder import OVERWRITE_HELP, run_folder
 
 

@@ -45,13 +45,13 @@ from recipes.optimizers import ADAM, meaning
 from recipes.provenance import DATA, ORIGIN, PLACES, data_digests, defaults, digest, origins, plain, sealed
 from recipes.sweep_report import best_points, draw, over_seeds, read_results, show
 
-# By the recipe's name: its module, the function there that takes command-line words, and where in its record the figure
+# By the job's name: its module, the function there that takes command-line words, and where in its record the figure
 # is that decides.
 RECIPES: dict[str, tuple[str, str, str]] = {
-    "gpt2_pretrain": ("recipes.gpt2_pretrain", "pretrain", "final.eval_loss"),
-    "gpt2_lora_e2e": ("recipes.gpt2_lora_e2e", "run_words", "eval_loss"),
-    "image_classification": ("recipes.image_classification", "run", "final.eval_top1"),
-    "lstm_text": ("recipes.lstm_text", "run", "final.eval_loss"),
+    "pretrain": ("recipes.gpt2_pretrain", "pretrain", "final.eval_loss"),
+    "e2e": ("recipes.gpt2_lora_e2e", "run_words", "eval_loss"),
+    "images": ("recipes.image_classification", "run", "final.eval_top1"),
+    "lstm": ("recipes.lstm_text", "run", "final.eval_loss"),
 }
 _FINAL = {"options", "seeds", "records"}
 

@@ -208,5 +208,5 @@ CASES: list[Case] = [
         TypeError,
         "optimizer must be an SGDSaI, got AdamW; only SGDSaI measures g-SNR",
     ),
-    Case("a checkpoint over another", existing_folder, FileExistsError, "step-1 exists; give each checkpoint a name"),
+    Case("a checkpoint over another", existing_folder, FileExistsError, "step-1 exists; give each checkpoint a diff"),
 ]

@@ -384,7 +384,8 @@ def test_digits_of_scikit_learn():
 
 def test_digits_are_one_channel_of_eight_pixels(config, monkeypatch):
     images, target = np.linspace(0, 16, 20 * 64).reshape(20, 8, 8), np.arange(20) % 10
-    module = SimpleNamespace(load_digits=lambda: SimpleNamespace(images=images, target=target))
+    digits = SimpleNamespace(data=images.reshape(20, 64), images=images, target=target)
+    module = SimpleNamespace(load_digits=lambda: digits)
     monkeypatch.setitem(sys.modules, "sklearn", SimpleNamespace(datasets=module))
     monkeypatch.setitem(sys.modules, "sklearn.datasets", module)
     data = load_images(ImageArguments("digits"), 0)

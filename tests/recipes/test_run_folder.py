@@ -385,7 +385,7 @@ def test_ctrl_c_in_a_recipe_names_a_command_that_does_resume(tmp_path: Path) -> 
 
 
 def test_ctrl_c_in_a_sweep_ends_its_workers_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    sweep = {"recipe": "gpt2_pretrain", "base": str(pretraining(tmp_path)), "runs": {"a": {}}, "processes": 2}
+    sweep = {"recipe": "pretrain", "base": str(pretraining(tmp_path)), "runs": {"a": {}}, "processes": 2}
     sweep |= {"grid": {"learning_rate": [1e-3, 1e-4]}, "output": str(tmp_path / "out"), "results": str(tmp_path / "r")}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
     words = ["-m", "recipes.sweep", str(tmp_path / "sweep.yaml")]

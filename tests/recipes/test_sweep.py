@@ -26,7 +26,7 @@ from recipes.sweep_report import best_points, curves, larger_is_better, pareto, 
 
 def content(folder: Path, **changes):
     return {
-        "recipe": "gpt2_pretrain",
+        "recipe": "pretrain",
         "base": str(folder / "base.yaml"),
         "grid": {"learning_rate": ["1e-3", "1e-2", "1e-1"]},
         "runs": {
@@ -332,7 +332,7 @@ def test_heat_map_and_pareto_figures_are_drawn(tmp_path, made):
     ("change", "message"),
     [
         ({"recip": "x"}, r"unknown key 'recip'; did you mean 'recipe'"),
-        ({"recipe": "gpt3"}, r"recipe must be one of gpt2_pretrain, .* got 'gpt3'"),
+        ({"recipe": "gpt3"}, r"recipe must be one of pretrain, .* got 'gpt3'"),
         ({"processes": 0}, r"processes must be a whole number of at least 1, got 0"),
         ({"seeds": 3}, r"seeds must be a list of whole numbers, got 3"),
         ({"grid": {"learning_rate": 0.1}}, r"grid: learning_rate must be a list of values, got 0.1"),
