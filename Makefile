@@ -21,6 +21,10 @@ $(VENV)/.dev: pyproject.toml constraints.txt
 	$(PIP) -e '.[dev]'
 	touch $@ $(VENV)/.recipes $(VENV)/.diffusion $(VENV)/.docs
 
+$(VENV)/.bench: $(VENV)/.dev
+	$(PIP) -e '.[dev,bench]'
+	touch $@
+
 $(VENV)/.diffusion: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -e '.[diffusion]'
@@ -40,7 +44,7 @@ demo-diffusion: $(VENV)/.diffusion  ## concept LoRA on a toy world, optimizers a
 test: $(VENV)/.dev  ## the whole suite less the tests marked slow
 	$(PYTEST) -n 2 --dist loadfile -m "not slow and not cuda" $(ARGS)
 
-test-slow: $(VENV)/.dev  ## the long tests
+test-slow: $(VENV)/.bench  ## the long tests
 	$(PYTEST) -m slow $(ARGS)
 
 # The variable silences a notice that mkdocs-material prints at each start; warnings of the build still fail it.

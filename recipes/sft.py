@@ -8,13 +8,13 @@ TRL's options apply (`--load_in_4bit true` is QLoRA, `--use_dora true` DoRA). Th
 from recipes.start import run_main
 
 import functools
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
+from torch import accelerator
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
 from hf_sai import register
@@ -57,6 +57,7 @@ def run_words(words: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if words is None else words)
     words = ["--config", *words] if words and not words[0].startswith("-") else words
     words = [str(find_config(word)) if i and words[i - 1] == "--config" else word for i, word in enumerate(words)]
+    words += [] if accelerator.is_available() else ["--use_cpu", "true"]
     try:
         config, args = _Parser([SFTArguments, SFTConfig], allow_abbrev=False).parse_args_and_config(words)
     except (OSError, ValueError) as error:
@@ -78,15 +79,14 @@ def _run(config: SFTArguments, args: SFTConfig, checkpoint: str | None) -> None:
     except (OSError, ValueError, ImportError) as error:  # of the model, its chat template, the adapter
         raise UserError(f"model {config.model!r}: {error}") from error
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
-    if adapter["quantization_config"]:  # TRL makes the adapter bfloat16, a checkpoint that is loaded makes it float32
-        for p in trained:
-            p.data = p.data.float()
+    for p in trained if adapter["quantization_config"] else ():
+        p.data = p.data.float()  # TRL makes the adapter bfloat16, a checkpoint that is loaded makes it float32
     train_loss = trainer.train(resume_from_checkpoint=checkpoint).training_loss
     eval_loss = trainer.evaluate()["eval_loss"]
     trainer.save_model()
     if trainer.is_world_process_zero():
         results = {"steps": trainer.state.global_step, "train_loss": train_loss, "eval_loss": eval_loss}
-        results |= {"diverged": not math.isfinite(eval_loss), "time": timer.summary(), "eval_rows": len(validation)}
+        results |= {"time": timer.summary(), "eval_rows": len(validation)}
         results |= {"base_model": hub_name(config.model), "base_weights": base_weights(config.model, source)}
         results |= {"train_rows": len(train), "trainable_parameters": sum(p.numel() for p in trained)}
         results |= {"processes": args.world_size, "optimizer_state_bytes": optimizer_state_bytes(trainer.optimizer)}

@@ -30,9 +30,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing(_[a-z]+)?` is deprecated:FutureWarning"),
     pytest.mark.usefixtures("registered"),
 ]
-FOUR_BIT = pytest.mark.skipif(
-    find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed: pip install bitsandbytes"
-)
+# peft imports bitsandbytes wherever it is installed, so the ordinary suite does without it.
+FOUR_BIT = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed: make test-slow"),
+]
 KINDS = pytest.mark.parametrize(
     "words",
     [
