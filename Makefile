@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check -q -c constra
 # Tests run on two processes of one thread each: torch's own threads only fight for two cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help demo demo-diffusion test test-slow docs lint types format clean
+.PHONY: help demo demo-diffusion test test-fast test-slow docs lint types format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -43,6 +43,9 @@ demo-diffusion: $(VENV)/.diffusion  ## concept LoRA on a toy world, optimizers a
 
 test: $(VENV)/.dev  ## the whole suite less the tests marked slow
 	$(PYTEST) -n 2 --dist loadfile -m "not slow and not cuda" $(ARGS)
+
+test-fast: $(VENV)/.dev  ## the optimizer's core, under a minute: what `import hf_sai` loads
+	$(PYTEST) -n 2 --core -m "not slow and not cuda" tests $(ARGS)
 
 test-slow: $(VENV)/.bench  ## the long tests
 	$(PYTEST) -m slow $(ARGS)

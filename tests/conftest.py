@@ -8,7 +8,10 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import ast
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +22,39 @@ from torch import Tensor, nn
 # The same examples in every run, and as much time as a busy machine needs: by default an example may take 0.2 s.
 settings.register_profile("suite", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
+
+# Tests of the core use these and what `import hf_sai` loads; the authors' release is their oracle.
+CORE_LIBRARIES = {"hypothesis", "numpy", "pytest", "sgd_sai", "torch"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--core", action="store_true", help="only the test files of the optimizer's core")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With --core: leave out all files but those of the core, in this folder."""
+    if not config.getoption("core") or collection_path == Path(__file__).parent:
+        return None
+    return collection_path.is_dir() or not tests_the_core(collection_path) or None
+
+
+def tests_the_core(path: Path) -> bool:
+    """Whether a test file imports hf_sai, and only modules of it that the optimizer needs."""
+    import hf_sai
+
+    core = {name for name in sys.modules if name.partition(".")[0] == "hf_sai"} | {
+        f"hf_sai.{name}" for name in ("__version__", "SGDSaI", "param_groups")
+    }
+    helpers = {helper.stem for helper in path.parent.glob("*.py")}
+    imported = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported |= {f"hf_sai.{a.name}" for a in node.names} if node.module == "hf_sai" else {str(node.module)}
+    ours = {name for name in imported if name.partition(".")[0] == hf_sai.__name__}
+    others = {name.partition(".")[0] for name in imported - ours}
+    return bool(ours) and ours <= core and others <= CORE_LIBRARIES | helpers | sys.stdlib_module_names
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,12 @@
 """The benchmark: real models' shapes, a row for every optimizer also where one fails, figures that add up."""
 
+import itertools
 import json
 import math
 import re
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -178,8 +180,11 @@ def test_json_and_chart_are_written_whole(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["c.svg", "new", "r.json"]
 
 
-def test_copy_bandwidth_counts_bytes_read_and_written() -> None:
-    assert 0.01 < copy_bandwidth(torch.device("cpu"), size=1 << 22, repetitions=3) < 10_000
+def test_copy_bandwidth_counts_bytes_read_and_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that advances by 4 ms between two readings, which is 1 ms for each of four copies of 4 MB."""
+    readings = itertools.count(0.0, 4e-3)
+    monkeypatch.setattr("hf_sai.bench.measure.time", SimpleNamespace(perf_counter=lambda: next(readings)))
+    assert copy_bandwidth(torch.device("cpu"), size=4_000_000, repetitions=3) == pytest.approx(8.0)
 
 
 def test_state_bytes_are_those_of_the_tensors() -> None:

@@ -76,7 +76,7 @@ def keeps_the_g_snr_of_bf16_blocks(make: Make) -> bool:
 
 
 def rounds_decay_and_update_once(make: Make) -> bool:
-    """Decay and update of 0.52 half units each way: only their sum moves a bf16 weight of 1.0."""
+    """Decay and update of 0.52 half units: only their sum moves a bf16 weight of 1.0, their difference does not."""
     p = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
     optimizer = make([p])
     half = torch.finfo(torch.bfloat16).eps / 4
@@ -84,7 +84,7 @@ def rounds_decay_and_update_once(make: Make) -> bool:
     lr = 0.52 * half / 1.0  # sqrt(2) / sqrt(2) is the g-SNR
     optimizer.param_groups[0].update(lr=lr, weight_decay=0.52 * half / lr)
     optimizer.step()
-    return p[0].item() < 1.0
+    return p.tolist() == [1.0 - 2 * half, 1.0]
 
 
 def trains_a_block_that_starts_late(make: Make) -> bool:

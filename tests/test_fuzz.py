@@ -68,7 +68,7 @@ def test_optim_args_parse_or_name_themselves(text: str) -> None:
         refusal = error
     if parsed is None:
         assert type(refusal) is ValueError
-        assert any(word in str(refusal) for word in ("optim_args", *DEFAULTS))
+        assert str(refusal).startswith("optim_args")
     else:
         check_group({**DEFAULTS, **parsed})
         assert len(parsed) == len([pair for pair in text.split(",") if pair])

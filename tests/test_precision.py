@@ -103,29 +103,15 @@ def test_parameters_of_low_precision(dtype: torch.dtype, scaling: str) -> None:
 
 
 def test_fp16_gradients_whose_norm_overflows() -> None:
-    """A sum of squares over 65504 is infinite in float16."""
+    """A sum of squares over 65504 is infinite in float16; the g-SNR of such a gradient: tests/test_control.py."""
     p = nn.Parameter(torch.zeros(4096, dtype=torch.float16))
     optimizer = SGDSaI([p], lr=1e-3, weight_decay=0.0)
     p.grad = torch.linspace(-60000, 60000, 4096).half() + 16
     optimizer.step()
-    assert gsnrs(optimizer) == pytest.approx([exact_gsnr(p.grad)], rel=1e-6)
     assert optimizer.state[p]["scale"].item() == pytest.approx(
         1 / p.grad.double().square().mean().sqrt().item(), rel=1e-5
     )
     torch.testing.assert_close(p.float(), -1e-3 * optimizer.state[p]["scale"] * p.grad.float(), rtol=2**-11, atol=1e-7)
-
-
-def test_bf16_decay_below_the_resolution_of_bf16() -> None:
-    """lr*wd is a twentieth of half a unit of bf16 at 1.0; the update and the decay are rounded together."""
-    p = nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
-    half = torch.finfo(torch.bfloat16).eps / 4  # half a unit below 1.0
-    lr = 0.99 * half
-    optimizer = SGDSaI([p], lr=lr, weight_decay=0.05 * half / lr, momentum=0.0)
-    p.grad = torch.cat([torch.full((32,), 1.0), torch.full((32,), -1.0)]).bfloat16()
-    optimizer.step()
-    below = 1.0 - torch.finfo(torch.bfloat16).eps / 2
-    assert p[:32].tolist() == [below] * 32  # 1.04 half units: only together do they round down
-    assert p[32:].tolist() == [1.0] * 32
 
 
 # What a QLoRA model holds.

@@ -138,6 +138,10 @@ STATE_DICTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda s: s["state"][1].pop("scale").sum() and None,
         "the state of b has no 'scale': this is not",
     ),
+    "calibration_step missing": (
+        lambda s: s["state"][0].pop("calibration_step") is None or None,
+        "the state of a has no 'calibration_step': this is not",
+    ),
     "scales of other channels": (first(scale=torch.ones(6)), r"scale of a must have the shape \(1,\), .* has \(6,\)"),
     "scales of an older version": (
         first(scale=torch.tensor(1.0)),
@@ -163,6 +167,7 @@ STATE_DICTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "momentum 2": (group(momentum=2), r"momentum must be in \[0, 1\), got 2\.0"),
     "lr a word": (group(lr="fast"), f"lr {_NUMBER}'fast'"),
     "scaling unknown": (group(scaling="mean"), "scaling must be one of 'adamw', 'raw', 'max', got 'mean'"),
+    "scaling of an older version": (group(scaling="floor"), "'floor' is now 'adamw'"),
     "names in another order": (group(param_names=["b", "a"]), "has 'b' where the optimizer has 'a': build .* order"),
     "a name too few": (group(param_names=["a"]), r"param_names .* must be a list of 2 names, got \['a'\]"),
 }

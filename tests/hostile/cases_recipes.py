@@ -96,7 +96,7 @@ DIFFUSION: dict[str, tuple[dict[str, Any], str]] = {
     "a token that is code": ({"concept_tokens": ['<V>")\n']}, "concept_tokens must be words without quotes, .*got"),
     "a token twice": ({"concept_tokens": ["<V>", "<V>"]}, "concept_tokens must differ from one another"),
 }
-SWEEP = {"recipe": "gpt2_pretrain", "base": "b.yaml", "runs": {"a": {"grid": {"learning_rate": [1]}}}}
+SWEEP = {"recipe": "pretrain", "base": "b.yaml", "runs": {"a": {"grid": {"learning_rate": [1]}}}}
 SWEEP |= {"output": "out", "results": "results"}
 SWEEPS: dict[str, tuple[Any, str]] = {
     "a list": ([1], "must hold `key: value` lines, got a list"),
