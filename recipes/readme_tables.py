@@ -163,7 +163,9 @@ def versus(*records: Mapping[str, Any]) -> str:
                 state = [own[rate][0]["optimizer_state_bytes"] for own in (theirs, ours)]
                 title = head.removeprefix("# ").partition(":")[0] + name.removeprefix("AdamW")
                 if stage == "finals":
-                    title += ", at length"
+                    tokens = record["final_options"].get("max_tokens")
+                    length = f"{tokens / 1e6:g} M tokens" if tokens else "at length"
+                    title = re.sub(r", [\d.]+ M tokens$", "", title) + f", {length}"
                 rows.append(
                     [
                         title,

@@ -35,7 +35,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     """With --core: leave out all files but those of the core, in this folder."""
     if not config.getoption("core") or collection_path == Path(__file__).parent:
         return None
-    return collection_path.is_dir() or not tests_the_core(collection_path) or None
+    return collection_path.suffix != ".py" or not tests_the_core(collection_path) or None
 
 
 def tests_the_core(path: Path) -> bool:
