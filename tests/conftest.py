@@ -58,6 +58,16 @@ def tests_the_core(path: Path) -> bool:
 
 
 @pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """What a test sets in the environment ends with it; `TrainingArguments(bf16=True)` sets accelerate's precision."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Every test starts from the same random state, alone or among others."""
     torch.manual_seed(0)

@@ -3,10 +3,12 @@
 import dataclasses
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.state import AcceleratorState
 
 from recipes import demo, gpt2_lora_e2e, models
 from recipes.common import UserError
@@ -15,6 +17,13 @@ from recipes.toy_base import END_OF_TEXT, pretraining_rows, train_tokenizer
 from recipes.toy_e2e import write_sample
 
 TINY = ["--steps", "6", "--pretrain_steps", "8", "--test_mrs", "7"]
+
+
+@pytest.fixture(autouse=True)
+def _precision() -> Iterator[None]:
+    """The demo computes in bf16 where the processor can: accelerate would keep that for every later test."""
+    yield
+    AcceleratorState._reset_state()
 
 
 def start(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, dict[str, dict[str, str]]]:

@@ -91,7 +91,7 @@ def test_sdxl_trains_and_loads_back(tmp_path: Path, text_trains: bool) -> None:
         cache_prompts=not text_trains,
         **concept,
     )
-    record = run(config, OptimizerArguments(learning_rate=1e-2, lr_scheduler_type="constant"))
+    record = run(config, OptimizerArguments(learning_rate=0.1, lr_scheduler_type="constant"))
     assert record["text_encoders"] == 2
     drawn = np.asarray(open_image(tmp_path / "out/samples/step-000003/00.png")).astype(int)
     pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path / "model")
