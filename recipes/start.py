@@ -4,6 +4,7 @@ To import this is to import the package, which sets the handler for the time in 
 `run_main` takes over from it. See `interrupt.py`.
 """
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -23,6 +24,9 @@ def run_main(main: Callable[[], Any]) -> None:
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     try:
         guarded(main)
+        if torch.distributed.is_initialized():
+            gc.collect()  # a model's reducer holds the group, whose threads must not outlive the interpreter
+            torch.distributed.destroy_process_group()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

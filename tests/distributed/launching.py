@@ -33,7 +33,7 @@ def torchrun(processes: int, script: Path, *args: str, timeout: float = 280) -> 
     """Run a script on several gloo processes of one thread each; its output is shown when it fails."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command += [str(script), *args]
+    command += [str(Path(__file__).with_name("run.py")), str(script), *args]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
         try:
             output, _ = run.communicate(timeout=timeout)

@@ -446,9 +446,6 @@ def main() -> None:
         scratch = output.with_suffix(".tmp")
         scratch.write_text(json.dumps(results))
         os.replace(scratch, output)
-    # Now and then gloo's threads abort a process that leaves early or that ends with the interpreter's own exit.
-    dist.barrier()
-    os._exit(0)
 
 
 def on_every_rank(check: Check, subject: Subject, folder: Path) -> list[Any]:
