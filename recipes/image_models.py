@@ -136,8 +136,19 @@ def build_model(options: ImageModelArguments, image_size: int, channels: int, cl
         raise
     except (StrictDataclassError, ValueError, TypeError) as error:
         raise UserError(f"model_options: {error}") from error
+    if any(_overruns(module) for module in model.modules()):
+        raise UserError(
+            f"model_options: {options.model} halves an image of fewer than 8 channels by a 1x1 convolution, whose "
+            "backward on a CPU writes past its memory (oneDNN 3.12); give embedding_size and hidden_sizes of at least 8"
+        )
     # the layout that convolutions are fastest in, on GPUs and on CPUs; it changes no value
     return model.to(memory_format=torch.channels_last)
+
+
+def _overruns(module: nn.Module) -> bool:
+    """Whether oneDNN may write past the end of a buffer in this layer's backward, which ends the process later."""
+    strided = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.stride != (1, 1)
+    return strided and module.in_channels < 8
 
 
 def _check_size(config: Any, image_size: int) -> None:

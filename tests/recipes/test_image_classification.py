@@ -36,7 +36,7 @@ TINY = {
         "intermediate_size": 32,
         "patch_size": 4,
     },
-    "resnet18": {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1]},
+    "resnet18": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]},
     # At transformers' layer scale of 1e-6 the gradients inside a block are a millionth of the others: SGD-SaI, whose
     # step follows the gradient's size, moves its norms by less than float32 holds until the scales have grown.
     "convnext_small_images": {
@@ -437,6 +437,10 @@ def write_set(folder, split, **labels):
         ({"model_options": {"hiden_size": 8}}, "vit_s16 has no option 'hiden_size'; did you mean 'hidden_size'"),
         ({"model_options": {"patch_size": 5}}, r"image_size must be a multiple of 5 \(patch_size\), got 16"),
         ({"model_options": "{"}, "model_options must be JSON"),
+        (
+            {"model": "resnet18", "model_options": {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1]}},
+            "model_options: resnet18 halves an image of fewer than 8 channels.*give embedding_size and hidden_sizes",
+        ),
         ({"model_options": {"hidden_size": "wide"}}, "model_options: "),
         ({"optim": "sgd_say"}, "did you mean 'sgd_sai'"),
         ({"randaugment_layers": 2}, "need `preload: false`"),
@@ -591,7 +595,7 @@ def test_models_have_their_published_sizes(name, size, classes, parameters):
 
 def test_small_images_keep_their_size_in_the_stem_of_a_resnet():
     model = build_model(ImageModelArguments("resnet18", TINY["resnet18"]), 32, 3, 10)
-    assert model.resnet.embedder(torch.zeros(1, 3, 32, 32)).shape == (1, 4, 32, 32)
+    assert model.resnet.embedder(torch.zeros(1, 3, 32, 32)).shape == (1, 8, 32, 32)
     weights = model.resnet.embedder.embedder.convolution.weight
     assert weights.std().item() == pytest.approx((2 / (4 * 9)) ** 0.5, rel=0.3)  # Kaiming, fan out, of 108 draws
 
