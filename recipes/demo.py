@@ -98,11 +98,6 @@ def write_part(data: E2EData, folder: Path, size: Size) -> Path:
     return folder
 
 
-def multiplies_bf16() -> bool:
-    """Whether the processor has instructions for bfloat16; without them it is slower than float32."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
 def recipe_config(model: str, data: Path, size: Size) -> E2EArguments:
     """The recipe's settings other than those of the training."""
     return E2EArguments(
@@ -135,7 +130,7 @@ def fine_tune(
         save_strategy="no",
         seed=1,
         use_cpu=True,
-        bf16=multiplies_bf16(),
+        bf16=True,
         overwrite_output_dir=True,
     )
     record = run(config, args, TrainingProgress())

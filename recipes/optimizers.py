@@ -7,6 +7,7 @@ the rivals of the paper's tables, from the packages that publish them.
 import ast
 import importlib
 import inspect
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from hf_sai.optim_args import normalize_optim_args, parse_optim_args
 from recipes.common import UserError, did_you_mean
 from recipes.run_folder import HELP as RESUME_HELP
 from recipes.run_folder import OVERWRITE_HELP
+
+logger = logging.getLogger(__name__)
 
 # The names a recipe's `optim` takes besides transformers' own.
 OWN_OPTIMIZERS = ("sgd_sai", "sgd_sai_authors", "sgdm", "adam_mini", "prodigy", "muon", "scaled_adamw", "scaled_sgd")
@@ -74,6 +77,18 @@ def meaning(chosen: Mapping[str, Any]) -> dict[str, Any]:
     return {"optim": optim, **hyper, **(rule if hyper["scaling"] == "adamw" else {})}
 
 
+def multiplies_bf16() -> bool:
+    """Whether the CPU has instructions for bfloat16; without them it is several times slower than float32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def cpu_words() -> list[str]:
+    """The options with which a parser of transformers' arguments computes on the CPU, where there is no accelerator."""
+    if torch.accelerator.is_available():
+        return []
+    return ["--use_cpu", "true", *([] if multiplies_bf16() else ["--bf16", "false"])]
+
+
 def _or_user_error(function: Callable[..., Any], *values: Any) -> Any:
     try:
         return function(*values)
@@ -103,6 +118,9 @@ class RecipeArguments(TrainingArguments):
         self.optim = optim if isinstance(optim, OptimizerNames) else OptimizerNames.ADAMW_TORCH
         # Without this transformers refuses bf16 where there is no accelerator, though a CPU computes it.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.bf16 and self.use_cpu and not multiplies_bf16():
+            logger.info("bf16: this CPU has no bfloat16 instructions; it computes in float32, which is faster")
+            self.bf16 = False
         super().__post_init__()
         self.optim = optim
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
-from torch import accelerator
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
 from hf_sai import register
@@ -23,6 +22,7 @@ from hf_sai.checkpoints import last_whole_checkpoint
 from recipes.common import StepTimer, UserError, expand_data_folder, find_config, start_logging, write_json
 from recipes.data import HUB_NAME, Row, clean, load_e2e, prompt
 from recipes.models import base_weights, hub_name, resolve_model
+from recipes.optimizers import cpu_words
 from recipes.provenance import run_record
 from recipes.run_folder import OVERWRITE_HELP, run_folder
 
@@ -57,7 +57,7 @@ def run_words(words: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if words is None else words)
     words = ["--config", *words] if words and not words[0].startswith("-") else words
     words = [str(find_config(word)) if i and words[i - 1] == "--config" else word for i, word in enumerate(words)]
-    words += [] if accelerator.is_available() else ["--use_cpu", "true"]
+    words += cpu_words()
     try:
         config, args = _Parser([SFTArguments, SFTConfig], allow_abbrev=False).parse_args_and_config(words)
     except (OSError, ValueError) as error:

@@ -58,6 +58,12 @@ def arguments(tmp_path: Path, **kwargs: Any) -> RecipeArguments:
     return RecipeArguments(output_dir=str(tmp_path), use_cpu=True, **kwargs)
 
 
+@pytest.mark.parametrize("able", [True, False])
+def test_bf16_is_float32_on_a_cpu_without_bfloat16_instructions(able, tmp_path, monkeypatch):
+    monkeypatch.setattr("recipes.optimizers.multiplies_bf16", lambda: able)
+    assert arguments(tmp_path, bf16=True).bf16 is able
+
+
 def tiny_lora() -> nn.Module:
     torch.manual_seed(0)
     model = GPT2LMHeadModel(
