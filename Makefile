@@ -36,10 +36,10 @@ $(VENV)/.docs: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/.recipes  ## LoRA on SmolLM2, SGD-SaI beside AdamW; DATA=folder for the real E2E set, BASE=toy offline
-	@$(BIN)/python -m recipes.demo $(if $(BASE),--base $(BASE)) $(if $(DATA),--data $(DATA))
+	@$(BIN)/python -m recipes.e2e.demo $(if $(BASE),--base $(BASE)) $(if $(DATA),--data $(DATA))
 
 demo-diffusion: $(VENV)/.diffusion  ## concept LoRA on a toy world, optimizers at three learning rates each; run it again to resume
-	$(BIN)/python -m recipes.diffusion_demo
+	$(BIN)/python -m recipes.diffusion.demo
 
 test: $(VENV)/.dev  ## the whole suite less the tests marked slow
 	$(PYTEST) -n 2 --dist loadfile -m "not slow and not cuda" $(ARGS)

@@ -26,8 +26,8 @@ from tokenizers import ByteLevelBPETokenizer
 from torch.distributed.run import get_rdzv_endpoint
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from recipes.data import load_e2e
-from recipes.toy_e2e import write_sample
+from recipes.common.e2e_data import load_e2e
+from recipes.e2e.toy_data import write_sample
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "accelerate_configs"
@@ -157,7 +157,7 @@ def command(name: str, folders: dict[str, Path], out: Path, batch: int, *options
         "disable_tqdm": True,
     }
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FOLDER / name), *options]
-    return [*launcher, str(ROOT / "recipes" / "gpt2_lora_e2e.py"), *(f"--{k}={v}" for k, v in settings.items())]
+    return [*launcher, "-m", "recipes.e2e", *(f"--{k}={v}" for k, v in settings.items())]
 
 
 def environment(**extra: str) -> dict[str, str]:

@@ -237,7 +237,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_claims_are_true_to_the_rows() -> None:
-    from recipes.bench_step import claims
+    from recipes.bench.step import claims
 
     result = bench("gpt2", SMALL, optimizers=["sgd_sai", "adamw_fused", "sgd_fused"], steps=1)
     row: Row = result.rows[0]
@@ -258,12 +258,12 @@ def test_claims_are_true_to_the_rows() -> None:
 
 @pytest.fixture
 def small_suites(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """bench_step with the suites it has, but a small model in place of every real one."""
-    from recipes import bench_step
+    """step with the suites it has, but a small model in place of every real one."""
+    from recipes.bench import step
 
-    monkeypatch.setattr(bench_step, "model", lambda name: SMALL)
+    monkeypatch.setattr(step, "model", lambda name: SMALL)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-    return bench_step
+    return step
 
 
 def written(folder: Path) -> dict[str, Any]:
@@ -273,7 +273,7 @@ def written(folder: Path) -> dict[str, Any]:
 def test_one_command_measures_all_cores_and_one(
     small_suites: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["bench_step.py", "--steps", "2", "--results", str(tmp_path)]
+    arguments = ["step.py", "--steps", "2", "--results", str(tmp_path)]
     monkeypatch.setattr("sys.argv", arguments)
     small_suites.main()
     files = written(tmp_path)
@@ -302,7 +302,7 @@ def test_the_command_for_a_gpu_is_ready(
     """Everything but the GPU: each part, on the CPU; without one it says so."""
     some = ["sgd_sai", "sgd_sai_authors", "adamw_fused", "adam_mini"]  # those that claims are made of
     arguments = ["--suite", "cuda", "--steps", "2", "--results", str(tmp_path), "--optimizers", *some]
-    monkeypatch.setattr("sys.argv", ["bench_step.py", *arguments])
+    monkeypatch.setattr("sys.argv", ["step.py", *arguments])
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit):
             small_suites.main()
@@ -312,7 +312,7 @@ def test_the_command_for_a_gpu_is_ready(
     monkeypatch.setattr(small_suites, "bench", lambda *args, device, **options: bench(*args, device="cpu", **options))
     monkeypatch.setattr(small_suites, "run_tests", lambda: "3 passed")
     monkeypatch.setattr(small_suites, "machine", dict)
-    release = small_suites.bench_release
+    release = small_suites.release
     run_all = release.run_all
     monkeypatch.setattr(
         release, "run_all", lambda config, device, steps, *rest: run_all(release.TINY, "cpu", 4, 16, 1e30)

@@ -16,8 +16,9 @@ from hf_sai.bench.report import chart
 from hf_sai.gsnr_plots import plot_drift, plot_kinds, plot_over_time
 from hf_sai.plots import plot_gsnr, plot_losses
 from hf_sai.table import GSNRRow
-from recipes import classifier, pretrain_report
-from recipes.sweep_report import draw, pareto
+from recipes.common import classifier
+from recipes.pretrain import report
+from recipes.sweep.report import draw, pareto
 
 OPTIMIZERS = (
     *("AdamW", "SGD-SaI", "SGD-SaI bfloat16", "SGD-SaI int8", "SGD-SaI raw", "SGDM", "AdamW 8-bit", "Adafactor"),
@@ -129,7 +130,7 @@ def pretraining() -> list[dict[str, Any]]:
     return records
 
 
-@pytest.mark.parametrize("draw_some", [pretrain_report.draw_curves, pretrain_report.draw_costs])
+@pytest.mark.parametrize("draw_some", [report.draw_curves, report.draw_costs])
 @pytest.mark.parametrize("count", [1, 5])
 def test_pretraining(figure: Any, draw_some: Any, count: int) -> None:
     assert faults(figure(lambda _: draw_some(pretraining()[:count], io.BytesIO()))) == []

@@ -20,9 +20,11 @@ from hf_sai.checkpoints import is_whole
 from hf_sai.metrics.e2e_nlg.files import read_predictions, read_references
 from hf_sai.optim_args import normalize_optim_args, parse_optim_args
 from hf_sai.options import check_group
-from recipes.common import UserError, markdown_text, parse_config
-from recipes.data import Row, attributes, read_csv
-from recipes.pretrain_text import Corpus
+from recipes.common.config import parse_config
+from recipes.common.e2e_data import Row, attributes, read_csv
+from recipes.common.errors import UserError
+from recipes.common.records import markdown_text
+from recipes.pretrain.text import Corpus
 
 quick = settings(max_examples=100, deadline=None, derandomize=True)
 

@@ -117,3 +117,14 @@ def test_the_list_in_contributing_is_complete_and_in_the_order_of_imports() -> N
             parts = used.split(".")
             if user and parts[0] == "hf_sai" and parts[1:] and parts[1] in rooms:
                 assert listed.index(parts[1]) <= listed.index(user[0]), f"{path.name} imports {used}"
+
+
+RECIPES = PACKAGE.parent / "recipes"
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.py")), ids=lambda path: path.relative_to(RECIPES).as_posix())
+def test_a_job_imports_no_other_job(path: Path) -> None:
+    """Only `common` and its own modules, in functions too; `common` imports no job."""
+    own = path.relative_to(RECIPES).parts[0].removesuffix(".py")
+    used = {name.split(".")[1] for name in imports(path, everywhere=True) if name.startswith("recipes.")}
+    assert used <= {"common", own}

@@ -12,16 +12,16 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from hf_sai import SGDSaI
 from hf_sai.bench.state_bytes import optimizer_state_bytes
-from recipes import readme_tables
-from recipes.common import UserError
-from recipes.readme_tables import rates, rewritten, speed, sweep, versus
+from recipes.common.errors import UserError
+from recipes.sweep import tables
+from recipes.sweep.tables import rates, rewritten, speed, sweep, versus
 
 ROOT = Path(__file__).parent.parent
-PAGES = readme_tables.pages()
+PAGES = tables.pages()
 PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 # In the pages and in what a contributor reads.
-TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
-TEXT = pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
+TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "recipes").rglob("README.md"))]
+TEXT = pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.relative_to(ROOT).as_posix())
 BLOCK = re.compile(r"<!-- table: \w+ [\w ]+ -->\n.*?<!-- end -->", re.DOTALL)
 TABLES = [block for page in PAGES for block in BLOCK.findall(page.read_text(encoding="utf-8"))]
 
@@ -32,7 +32,7 @@ TABLES = [block for page in PAGES for block in BLOCK.findall(page.read_text(enco
 @PAGE
 def test_tables_agree_with_the_records(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    assert rewritten(text) == text, "run: python -m recipes.readme_tables"
+    assert rewritten(text) == text, "run: python -m recipes.sweep.tables"
     assert text.count("<!-- table:") == text.count("<!-- end -->") == len(BLOCK.findall(text)), "a marker is misspelt"
 
 
@@ -78,7 +78,7 @@ def test_the_table_of_a_sweep() -> None:
         "runs": [*ours, *theirs],
         "finals": finals,
         "origins": "Rows of 2 commits (a, b).",
-        "command": "run it",
+        "sweep": "s.yaml",
     }
     assert sweep(record).splitlines() == [
         "|  | learning rate | eval_loss (range) | bleu | diverged | state kB |",
@@ -87,7 +87,7 @@ def test_the_table_of_a_sweep() -> None:
         "| theirs | 0.5 (edge) | 1.750 | - | 0 of 1 | 2,000 |",
         "",
         "The best point of each optimizer's grid, then 2 seeds of it: mean and range. a CPU. "
-        "Rows of 2 commits (a, b). `run it`",
+        "Rows of 2 commits (a, b). `python -m recipes.sweep s.yaml`",
     ]
     finals[1]["value"] = None
     assert "| ours | 0.01 | diverged | 0.812 | 2 of 5 | 1,234 |" in sweep(record)
@@ -106,7 +106,7 @@ def two_optimizers() -> dict[str, Any]:
         for rate, value in own.items()
         for seed in range(2)
     ]
-    return {"sweep": "pretrain5m_sweep.yaml", "runs": runs, "finals": [], "command": "run it"}
+    return {"sweep": "pretrain5m_sweep.yaml", "runs": runs, "finals": []}
 
 
 def test_the_table_of_every_rate() -> None:
@@ -117,7 +117,7 @@ def test_the_table_of_every_rate() -> None:
         "| 0.002 | 1.250 (1.000 to 1.500) | 1.500 (1.250 to 1.750) |",
         "| 0.004 | 3.250 (3.000 to 3.500) | 2 of 2 diverged |",
         "",
-        "Mean and range, 2 seeds each. a CPU. `run it`",
+        "Mean and range, 2 seeds each. a CPU. `python -m recipes.sweep pretrain5m_sweep.yaml`",
     ]
 
 
@@ -181,9 +181,18 @@ def test_named_files_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     folders = "recipes|accelerate_configs|hf_sai|tests|docs"
     named = set(re.findall(rf"\b((?:{folders})/[\w/.-]+\.(?:py|yaml|json|png|md))", text))
-    named |= {f"recipes/{name}.py" for name in re.findall(r"python -m recipes\.(\w+)", text)}
-    named = {name for name in named if not re.search(r"\bNAME\b", name)}
+    named |= {f"recipes/{name}" for name in re.findall(r"python -m recipes\.(\w+)", text)}
+    named = {name for name in named if not re.search(r"\b(NAME|JOB)\b", name)}
     assert {name for name in named if not (ROOT / name).exists()} == set()
+
+
+def test_the_readme_of_a_job_names_its_configurations_and_files() -> None:
+    for folder in (ROOT / "recipes").iterdir():
+        if not (folder / "__init__.py").exists():
+            continue
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        own = [*folder.rglob("*.yaml"), *(path for path in folder.glob("*.py") if "__" not in path.name)]
+        assert [path.name for path in own if f"`{path.name}`" not in text] == []
 
 
 @TEXT

@@ -18,16 +18,17 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from hf_sai import SaITrainer, SaITrainingArguments
-from recipes.common import UserError, machine, versions
-from recipes.compare import compare
-from recipes.data import Group, load_e2e
-from recipes.demo import sentences
-from recipes.gpt2_lora_e2e import E2EArguments, model_card, run
-from recipes.gpt2_pretrain import read_config
-from recipes.models import load_model
-from recipes.optimizers import RecipeArguments
-from recipes.provenance import run_record
-from recipes.toy_e2e import write_sample
+from recipes.common.e2e_data import Group, load_e2e
+from recipes.common.errors import UserError
+from recipes.common.models import load_model
+from recipes.common.optimizers import RecipeArguments
+from recipes.common.provenance import run_record
+from recipes.common.records import machine, versions
+from recipes.e2e.demo import sentences
+from recipes.e2e.toy_data import write_sample
+from recipes.e2e.train import E2EArguments, fine_tune, model_card
+from recipes.pretrain.compare import compare
+from recipes.pretrain.train import read_config
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path for folder in ("hf_sai", "recipes") for path in (ROOT / folder).rglob("*.py"))
@@ -252,8 +253,8 @@ def test_the_card_of_an_adapter_holds_no_foreign_markup() -> None:
 
 
 def test_the_card_of_a_concept_holds_no_foreign_markup() -> None:
-    from recipes.diffusion_card import model_card as concept_card
-    from recipes.diffusion_config import DiffusionArguments
+    from recipes.diffusion.card import model_card as concept_card
+    from recipes.diffusion.config import DiffusionArguments
 
     record = e2e_record(model='x"); import os; os.system("id") #' + NASTY, optim_args=NASTY)
     record |= {"captions": [NASTY], "images": 1, "samples_per_step": 1, "text_encoders": 1, "concept": {"<V>": "dog"}}
@@ -269,7 +270,7 @@ def test_the_card_of_a_concept_holds_no_foreign_markup() -> None:
 
 
 def test_texts_of_the_set_are_text_in_the_demo_report() -> None:
-    from recipes.common import markdown_text
+    from recipes.common.records import markdown_text
 
     report = sentences([Group(NASTY, [NASTY])], {"SGD-SaI": {NASTY: NASTY}}, markdown_text)
     assert inline_kinds(report) <= INLINE
@@ -332,7 +333,7 @@ def test_a_run_tells_nothing_of_its_user(home: Path, make_gpt2: Callable[..., An
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
-    run(config, args)
+    fine_tune(config, args)
     assert {"record.json", "predictions.tsv", "adapter/README.md"} <= {
         path.relative_to(home / "out").as_posix() for path in (home / "out").rglob("*")
     }
@@ -357,7 +358,7 @@ def test_records_hold_no_path_of_any_setting(home: Path) -> None:
         "--resume_from_checkpoint=auto",
         "--use_cpu",
     ]
-    record = run_record("gpt2_pretrain", read_config(words))
+    record = run_record("pretrain", read_config(words))
     text = json.dumps(record)
     assert record["config"]["train_files"] == ["a.txt"] * 3
     assert not [word for word in private(home) if word.decode() in text]

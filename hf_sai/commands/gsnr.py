@@ -6,7 +6,7 @@
 One model and batch: a table of blocks, and of kinds of blocks. Several initialisations or batch sizes: the kinds side
 by side. Smaller batches are the first sequences of the larger ones. This is the gradient before any training; for
 how g-SNR develops, and under which learning-rate schedule, see `gsnr_every` and `lr_scheduler_type` of
-recipes/gpt2_pretrain.py, or GSNRCallback(every=N) in any Trainer.
+recipes/pretrain/train.py, or GSNRCallback(every=N) in any Trainer.
 """
 
 import argparse

@@ -9,15 +9,17 @@ from typing import Any
 from hostile_table import Attempt, Case
 
 from hf_sai.plots import plot_losses
-from recipes.common import UserError, check_writable, parse_config, write_text
-from recipes.compare import compare
-from recipes.diffusion_checkpoint import last_checkpoint, load_checkpoint
-from recipes.diffusion_config import DiffusionArguments
-from recipes.gpt2_lora_e2e import E2EArguments, check_scoring, run
-from recipes.gpt2_pretrain import read_config
-from recipes.optimizers import RecipeArguments
-from recipes.run_folder import checkpoint_to_resume
-from recipes.sweep import Sweep
+from recipes.common.config import parse_config
+from recipes.common.errors import UserError
+from recipes.common.files import check_writable, write_text
+from recipes.common.optimizers import RecipeArguments
+from recipes.common.run_folder import checkpoint_to_resume
+from recipes.diffusion.checkpoint import last_checkpoint, load_checkpoint
+from recipes.diffusion.config import DiffusionArguments
+from recipes.e2e.train import E2EArguments, check_scoring, fine_tune
+from recipes.pretrain.compare import compare
+from recipes.pretrain.train import read_config
+from recipes.sweep.run import Sweep
 
 
 def yaml_file(content: bytes) -> Callable[[Path], Attempt]:
@@ -124,8 +126,8 @@ RECORDS: dict[str, tuple[bytes, str]] = {
     "no JSON": (b"{", r"record\.json must be a run record in JSON"),
     "no text": (b"\xff\xfe", r"record\.json must be a run record in JSON"),
     "a thousand brackets": (b"[" * 100_000, r"record\.json must be a run record in JSON"),
-    "a list": (b"[]", "must be a record of gpt2_pretrain.py, but lacks config, curves"),
-    "of another recipe": (b'{"config": {}}', "must be a record of gpt2_pretrain.py, but lacks curves"),
+    "a list": (b"[]", "must be a record of recipes.pretrain, but lacks config, curves"),
+    "of another recipe": (b'{"config": {}}', "must be a record of recipes.pretrain, but lacks curves"),
 }
 for _key, _value in {"config": [], "curves": {"train": [{}]}, "final": 3, "tokens": "many", "speed": None}.items():
     RECORDS[f"{_key} damaged"] = (json.dumps({**RECORD, _key: _value}).encode(), r"record\.json is damaged: \w+Error")
@@ -190,7 +192,7 @@ def below_a_file(act: Callable[[Path], Any]) -> Callable[[Path], Attempt]:
 def e2e(path: Path) -> None:
     """The recipe itself: it must fail before it looks for the model, which is not there."""
     args = RecipeArguments(output_dir=str(path), use_cpu=True)
-    run(E2EArguments(model="no/such", data="no/such", metrics=["bleu"]), args)
+    fine_tune(E2EArguments(model="no/such", data="no/such", metrics=["bleu"]), args)
 
 
 HISTORY = {"run": [{"step": 1, "loss": 1.0}]}

@@ -16,10 +16,10 @@ from PIL import Image
 
 from hf_sai.metrics.e2e_nlg.files import read_predictions, read_references
 from hf_sai.metrics.e2e_nlg.scoring import score
-from recipes.common import UserError
-from recipes.data import attributes, load_e2e, read_csv
-from recipes.diffusion_data import load_examples
-from recipes.pretrain_text import Corpus
+from recipes.common.e2e_data import attributes, load_e2e, read_csv
+from recipes.common.errors import UserError
+from recipes.diffusion.data import load_examples
+from recipes.pretrain.text import Corpus
 
 WIDE = b"x" * 10_000_000  # one line of 10 MB
 ROWS = b"mr,ref\nname[A],A is here.\n"

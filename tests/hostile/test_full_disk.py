@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from hf_sai import SaITrainer, SaITrainingArguments
 from hf_sai.checkpoints import atomic_folder, last_whole_checkpoint
 from hf_sai.plots import plot_losses
-from recipes.common import UserError, check_writable, write_json, write_text
-from recipes.pretrain_data import tokenize_corpus
-from recipes.pretrain_text import Corpus
+from recipes.common.errors import UserError
+from recipes.common.files import check_writable, write_json, write_text
+from recipes.pretrain.data import tokenize_corpus
+from recipes.pretrain.text import Corpus
 
 SIZE = 256 * 1024
 
@@ -180,7 +181,7 @@ def words() -> Tokenizer:
 def test_tokenising_goes_on_when_there_is_room(
     disk: Path, tmp_path: Path, words: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("recipes.pretrain_data.BATCH_CHARACTERS", 20_000)
+    monkeypatch.setattr("recipes.pretrain.data.BATCH_CHARACTERS", 20_000)
     text = "\n\n".join(" ".join(f"w{(i * j) % 1000}" for j in range(3000)) for i in range(1, 40))
     (tmp_path / "a.txt").write_text(text)
     corpus = Corpus(train_files=[str(tmp_path / "a.txt")], validation_fraction=0.0)

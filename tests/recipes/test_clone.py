@@ -16,15 +16,16 @@ from typing import Any
 import pytest
 import yaml
 
-from recipes import public_data, sample_text
-from recipes.common import UserError, find_config, parse_config, read_yaml
-from recipes.gpt2_pretrain import read_config
-from recipes.lstm_text import LSTMArguments, load_text
-from recipes.models import check_model, hub_name
-from recipes.pretrain_text import Corpus
+from recipes.common import public_data, sample_text
+from recipes.common.config import find_config, parse_config, read_yaml
+from recipes.common.errors import UserError
+from recipes.common.models import check_model, hub_name
+from recipes.lstm.train import LSTMArguments, load_text
+from recipes.pretrain.text import Corpus
+from recipes.pretrain.train import read_config
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "recipes").glob("*/configs/**/*.yaml"))
 
 
 def run(words: list[str], folder: Path, *paths: Path) -> subprocess.CompletedProcess[str]:
@@ -43,27 +44,17 @@ def clones(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         for part in ("recipes", "hf_sai"):
             shutil.copytree(ROOT / part, clone / part, ignore=shutil.ignore_patterns("results", "__pycache__"))
         (clone / "recipes" / "where.py").write_text(
-            "import sys\n\nimport hf_sai\nfrom recipes import common\n\n"
-            "print(hf_sai.__file__, common.__file__, sep='\\n')\n"
-            "print([path for path in sys.path if path.endswith('recipes')])\n"
+            "import hf_sai\nfrom recipes import common\n\nprint(hf_sai.__file__, common.__file__, sep='\\n')\n"
         )
         found.append(clone)
     return found[0], found[1]
 
 
-def test_a_file_takes_its_own_clones_recipes(clones: tuple[Path, Path], tmp_path: Path) -> None:
-    """With another clone installed (on the path), from another folder; and `recipes/` itself is on no path."""
-    mine, other = clones
-    said = run([str(mine / "recipes" / "where.py")], tmp_path, other)
-    places = said.stdout.strip().splitlines()
-    assert places == [str(mine / "hf_sai" / "__init__.py"), str(mine / "recipes" / "common.py"), "[]"], said.stderr
-
-
 def test_a_module_runs_from_any_folder_with_the_clone_installed(clones: tuple[Path, Path], tmp_path: Path) -> None:
     said = run(["-m", "recipes.where"], tmp_path, clones[0])
-    assert said.stdout.splitlines()[1] == str(clones[0] / "recipes" / "common.py"), said.stderr
+    assert said.stdout.splitlines()[1] == str(clones[0] / "recipes" / "common" / "__init__.py"), said.stderr
     said = run(["-m", "recipes.where"], clones[1], clones[0])  # in a clone: that one
-    assert said.stdout.splitlines()[1] == str(clones[1] / "recipes" / "common.py"), said.stderr
+    assert said.stdout.splitlines()[1] == str(clones[1] / "recipes" / "common" / "__init__.py"), said.stderr
 
 
 HIDE = """
@@ -85,7 +76,7 @@ def test_an_install_without_the_extra_names_what_it_lacks(tmp_path: Path) -> Non
     """As a program one line and status 2, imported an error; both name the packages, neither an extra."""
     wanted = "the recipes need pyyaml, peft: python -m pip install pyyaml peft"
     (tmp_path / "hide.py").write_text(HIDE)
-    said = run(["-c", "import hide, recipes.sweep"], tmp_path, tmp_path, ROOT)
+    said = run(["-c", "import hide, recipes.sweep.run"], tmp_path, tmp_path, ROOT)
     alone = "the recipes need pyyaml: python -m pip install pyyaml"
     assert said.stderr.strip().splitlines()[-1] == f"ModuleNotFoundError: {alone}"
     start = "import hide, sys, runpy; sys.argv = ['-m']; runpy.run_module('recipes.sweep', run_name='__main__')"
@@ -94,11 +85,15 @@ def test_an_install_without_the_extra_names_what_it_lacks(tmp_path: Path) -> Non
 
 
 def test_no_extra_of_a_package_that_the_index_lacks_is_printed() -> None:
-    for path in (ROOT / "recipes").glob("*.py"):
+    for path in (ROOT / "recipes").rglob("*.py"):
         assert not re.findall(r"hf_sai\[\w+\]", path.read_text(encoding="utf-8")), path.name
 
 
-RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py") if "\n    run_main(" in path.read_text("utf-8"))
+PROGRAMS = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+    for path in (ROOT / "recipes").rglob("*.py")
+    if "\n    run_main(" in path.read_text("utf-8")
+)
 LIBRARIES = (
     *("torch", "numpy", "evaluate", "datasets", "transformers", "accelerate", "peft", "trl"),
     *("yaml", "filelock", "tqdm", "PIL", "matplotlib"),
@@ -106,12 +101,12 @@ LIBRARIES = (
 
 
 def test_ctrl_c_while_libraries_are_imported_is_one_line(tmp_path: Path) -> None:
-    """Every recipe as a file and one as a module; each stops in its first import of a library, which takes a minute."""
+    """Each program stops in its first import of a library, which takes a minute."""
     for name in LIBRARIES:
         (tmp_path / f"{name}.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    started = [["recipes/" + name + ".py", "x.yaml"] for name in RECIPES] + [["-m", "recipes.sweep", "x.yaml"]]
-    assert len(started) > 17
+    started = [["-m", name, "x.yaml"] for name in PROGRAMS]
+    assert len(started) > 15
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment, **pipes) for words in started]
     for process, words in zip(processes, started, strict=True):
@@ -148,31 +143,31 @@ def test_data_that_are_not_there_are_named_with_their_public_place(
     monkeypatch.setenv("HF_SAI_DATA", str(tmp_path))
     rule = rf"train_files: there is no '{tmp_path}/tinyshakespeare/input.txt'; set HF_SAI_DATA to the folder that "
     with pytest.raises(UserError, match=rule + r"holds tinyshakespeare/input.txt, or .* karpathy/char-rnn on GitHub"):
-        read_config("recipes/configs/tiny_shakespeare.yaml")
+        read_config("tiny_shakespeare.yaml")
     monkeypatch.delenv("HF_SAI_DATA")
     monkeypatch.setattr(public_data, "data_folder", lambda: tmp_path / "none")
     with pytest.raises(UserError, match=r"there is no '.*none/tiny.*' \(HF_SAI_DATA is not set\); set HF_SAI_DATA"):
-        read_config("recipes/configs/tiny_shakespeare.yaml")
+        read_config("tiny_shakespeare.yaml")
 
 
 def test_data_that_are_there_are_found_and_an_option_in_their_place_needs_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_SAI_DATA", str(tmp_path))
-    corpus, _, _ = read_config(["recipes/configs/tiny_shakespeare.yaml", "--train_files", "other.txt"])
+    corpus, _, _ = read_config(["tiny_shakespeare.yaml", "--train_files", "other.txt"])
     assert corpus.train_files == ["other.txt"]
     (tmp_path / "pretrain").mkdir()
     for name in ("train-0.parquet", "validation.parquet"):
         (tmp_path / "pretrain" / name).touch()
-    corpus, _, _ = read_config("recipes/configs/pretrain5m_adamw.yaml")
+    corpus, _, _ = read_config("pretrain5m_adamw.yaml")
     assert corpus.train_files == [f"{tmp_path}/pretrain/train-*.parquet"]
     assert corpus.validation_files == [f"{tmp_path}/pretrain/validation.parquet"]
 
 
 def test_a_shipped_configuration_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    shipped = ROOT / "recipes" / "configs" / "first_look.yaml"
-    assert find_config("first_look.yaml") == find_config("recipes/configs/first_look.yaml") == shipped
+    shipped = ROOT / "recipes" / "pretrain" / "configs" / "first_look.yaml"
+    assert find_config("first_look.yaml") == find_config("first_look") == shipped
     assert read_yaml("first_look.yaml")["train_files"] == ["sample"]
     (tmp_path / "first_look.yaml").write_text("seed: 1\n")  # one of the user's comes first
     assert read_yaml("first_look.yaml") == {"seed": 1}
@@ -209,7 +204,7 @@ DIGEST = "a0bdd10a3ca87a9884d5423cd6c5f86917c46de6a2817a4e4dbaa3d6a1a56d78"
 def test_the_first_look_trains_with_nothing_but_the_clone(tmp_path: Path) -> None:
     environment = {"HF_SAI_CACHE": str(tmp_path / "cache"), "HF_SAI_DATA": str(tmp_path / "none")}
     words = ["--max_tokens", "20480", "--eval_steps", "10", "--max_eval_blocks", "8", "--vocab_size", "400"]
-    command = [sys.executable, "-m", "recipes.gpt2_pretrain", "first_look.yaml", *words]
+    command = [sys.executable, "-m", "recipes.pretrain", "first_look.yaml", *words]
     own = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     subprocess.run(command, cwd=tmp_path, env=own, check=True, capture_output=True, timeout=200)
     record = yaml.safe_load((tmp_path / "outputs" / "first_look" / "record.json").read_text())

@@ -1,6 +1,6 @@
-"""Configuration, records, measuring: recipes/common.py and recipes/optimizers.py."""
+"""Configuration, records, measuring: recipes/common/common.py and recipes/common/optimizers.py."""
 
-from recipes.start import run_main
+from recipes.common.start import run_main
 
 import copy
 import json
@@ -21,17 +21,11 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_sai import SGDSaI
-from recipes.common import (
-    StepTimer,
-    UserError,
-    machine,
-    parse_config,
-    public_settings,
-    versions,
-    write_json,
-    write_text,
-)
-from recipes.optimizers import (
+from recipes.common.config import parse_config
+from recipes.common.errors import UserError
+from recipes.common.files import write_json, write_text
+from recipes.common.measure import StepTimer
+from recipes.common.optimizers import (
     OWN_OPTIMIZERS,
     OptimizerArguments,
     RecipeArguments,
@@ -39,7 +33,8 @@ from recipes.optimizers import (
     build_optimizer_and_scheduler,
     trainer_optimizer,
 )
-from recipes.provenance import run_record
+from recipes.common.provenance import run_record
+from recipes.common.records import machine, public_settings, versions
 
 # peft 0.21 reads an attribute that transformers 5.23 deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -60,7 +55,7 @@ def arguments(tmp_path: Path, **kwargs: Any) -> RecipeArguments:
 
 @pytest.mark.parametrize("able", [True, False])
 def test_bf16_is_float32_on_a_cpu_without_bfloat16_instructions(able, tmp_path, monkeypatch):
-    monkeypatch.setattr("recipes.optimizers.multiplies_bf16", lambda: able)
+    monkeypatch.setattr("recipes.common.optimizers.multiplies_bf16", lambda: able)
     assert arguments(tmp_path, bf16=True).bf16 is able
 
 
@@ -370,7 +365,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 def test_a_line_of_the_hub_is_logged_once() -> None:
     """In a process of its own: logging is set up once in a process."""
     code = (
-        "import huggingface_hub\nfrom huggingface_hub.utils import logging\nfrom recipes.common import start_logging\n"
+        "import huggingface_hub\n"
+        "from huggingface_hub.utils import logging\nfrom recipes.common.errors import start_logging\n"
         "start_logging()\nlogging.get_logger('huggingface_hub.utils._http').warning('Retrying in 1s')"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}

@@ -7,9 +7,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from recipes.common import UserError, write_json
-from recipes.compare import HEADER, compare, read_record, unique_labels
-from recipes.pretrain_report import label
+from recipes.common.errors import UserError
+from recipes.common.files import write_json
+from recipes.common.records import label
+from recipes.pretrain.compare import HEADER, compare, read_record, unique_labels
 
 HOSTILE = '<script>alert("x")</script> | a\nb `c` $\\frac{ ![i](http://x) & _d_'
 
@@ -23,7 +24,7 @@ def record():
         ]
 
     return {
-        "recipe": "gpt2_pretrain",
+        "recipe": "pretrain",
         "config": {"optim": "sgd_sai", "optim_args": "scaling=raw", "learning_rate": 0.01, "seed": 3, "block_size": 64},
         "tokens": 5000,
         "train_seconds": 2.5,
@@ -172,8 +173,8 @@ def test_settings_are_sorted_into_shared_and_different(page, record):
     ("content", "message"),
     [
         ("", "must be a run record in JSON"),
-        ("[1, 2]", "must be a record of gpt2_pretrain.py, but lacks config, curves"),
-        ('{"config": {}}', "must be a record of gpt2_pretrain.py, but lacks curves, final"),
+        ("[1, 2]", "must be a record of recipes.pretrain, but lacks config, curves"),
+        ('{"config": {}}', "must be a record of recipes.pretrain, but lacks curves, final"),
         (b"\xff\xfe", "must be a run record in JSON"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The demo, small: recipes/demo.py from its first word to its report."""
+"""The demo, small: recipes/e2e/demo.py from its first word to its report."""
 
 import dataclasses
 import re
@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 from accelerate.state import AcceleratorState
 
-from recipes import demo, gpt2_lora_e2e, models
-from recipes.common import UserError
-from recipes.data import E2EData, Group, Row, group, load_e2e
-from recipes.toy_base import END_OF_TEXT, pretraining_rows, train_tokenizer
-from recipes.toy_e2e import write_sample
+from recipes.common import models
+from recipes.common.e2e_data import E2EData, Group, Row, group, load_e2e
+from recipes.common.errors import UserError
+from recipes.e2e import demo
+from recipes.e2e import train as recipe
+from recipes.e2e.toy_base import END_OF_TEXT, pretraining_rows, train_tokenizer
+from recipes.e2e.toy_data import write_sample
 
 TINY = ["--steps", "6", "--pretrain_steps", "8", "--test_mrs", "7"]
 
@@ -90,7 +92,7 @@ def test_smollm2_is_the_base_unless_another_is_asked_for(
     tiny_smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # The toy's test scores with the real ones, which start Java.
-    monkeypatch.setattr(gpt2_lora_e2e, "score", lambda outputs, groups, metrics: dict.fromkeys(metrics, 0.5))
+    monkeypatch.setattr(recipe, "score", lambda outputs, groups, metrics: dict.fromkeys(metrics, 0.5))
     text, results = start([], tmp_path / "out", monkeypatch)
     check(text, results, capsys.readouterr().out, tmp_path / "out")
     assert "LoRA of SmolLM2-135M-Instruct on sentences of our own grammar" in text

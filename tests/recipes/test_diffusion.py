@@ -19,14 +19,15 @@ from safetensors.torch import load_file
 pytest.importorskip("diffusers")
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 
-from recipes import diffusion_grid, diffusion_lora
-from recipes.common import UserError
-from recipes.diffusion_config import DiffusionArguments
-from recipes.diffusion_data import open_image
-from recipes.diffusion_lora import add_trained_parts, run
-from recipes.diffusion_model import load_pipeline
-from recipes.diffusion_tiny import tiny_pipeline
-from recipes.optimizers import OptimizerArguments
+from recipes.common.errors import UserError
+from recipes.common.optimizers import OptimizerArguments
+from recipes.diffusion import grid as contact_sheet
+from recipes.diffusion import train as recipe
+from recipes.diffusion.config import DiffusionArguments
+from recipes.diffusion.data import open_image
+from recipes.diffusion.model import load_pipeline
+from recipes.diffusion.tiny import tiny_pipeline
+from recipes.diffusion.train import add_trained_parts, fine_tune
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ("a", "photo", "of", "dog", "toy", "red", "blue")
@@ -89,7 +90,7 @@ def train(model_folder: Path, data_folder: Path, tmp_path: Path) -> Callable[...
             **settings,
         }
         args = OptimizerArguments(**{"learning_rate": 1e-2, "lr_scheduler_type": "constant", **(optimizer or {})})
-        return run(DiffusionArguments(**given), args), folder
+        return fine_tune(DiffusionArguments(**given), args), folder
 
     return run_it
 
@@ -103,7 +104,7 @@ def trained_pipe(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         seen.append(load_pipeline(*args))
         return seen[-1]
 
-    monkeypatch.setattr(diffusion_lora, "load_pipeline", load)
+    monkeypatch.setattr(recipe, "load_pipeline", load)
     return seen
 
 
@@ -263,7 +264,7 @@ def test_two_processes_equal_one_with_twice_the_batch(
         "--config_file",
         ROOT / "accelerate_configs/cpu.yaml",
     ]
-    command += [ROOT / "recipes/diffusion_lora.py", *(f"--{key}={value}" for key, value in settings.items())]
+    command += ["-m", "recipes.diffusion", *(f"--{key}={value}" for key, value in settings.items())]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         list(map(str, command)), env=environment, capture_output=True, text=True, timeout=800, check=False
@@ -327,18 +328,18 @@ def test_grid_of_several_runs(train: Any, monkeypatch: pytest.MonkeyPatch, tmp_p
     """A row for each run, labelled by its optimizer and learning rate; other prompts are refused."""
     runs = [str(train(name, max_steps=1, validation_prompts=["a red <V>"])[1]) for name in ("one", "two")]
     picture = tmp_path / "both.png"
-    monkeypatch.setattr(sys, "argv", ["diffusion_grid.py", "--runs", *runs, "--output", str(picture), "--cell", "40"])
-    diffusion_grid.main()
+    monkeypatch.setattr(sys, "argv", ["grid.py", "--runs", *runs, "--output", str(picture), "--cell", "40"])
+    contact_sheet.main()
     assert open_image(picture).height > 2 * 40
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--report_to", "tensorboard"])
-    diffusion_grid.main()
+    contact_sheet.main()
     [events] = (tmp_path / "logs").rglob("events.out.tfevents*")
     assert b"validation" in events.read_bytes()
-    assert diffusion_grid.last_samples(Path(runs[0]))[0] == "sgd_sai 0.01"
+    assert contact_sheet.last_samples(Path(runs[0]))[0] == "sgd_sai 0.01"
     record = Path(runs[1]) / "record.json"
     record.write_text(record.read_text().replace("a red <V>", "a blue <V>"))
     with pytest.raises(UserError, match="has other prompts than"):
-        diffusion_grid.main()
+        contact_sheet.main()
 
 
 def test_prior_preservation_keeps_the_class(train: Any) -> None:
@@ -445,7 +446,7 @@ def test_an_optimizer_or_tracker_that_is_not_installed(train: Any, monkeypatch: 
     def missing(*_: Any) -> None:
         raise ImportError("You need to install `bitsandbytes`")  # transformers' words; it may be installed here
 
-    monkeypatch.setattr(diffusion_lora, "build_optimizer", missing)
+    monkeypatch.setattr(recipe, "build_optimizer", missing)
     with pytest.raises(UserError, match="adamw_8bit is not available here: You need to install `bitsandbytes`"):
         train(optimizer={"optim": "adamw8bit"})
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)

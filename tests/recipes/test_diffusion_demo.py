@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("diffusers")
-from recipes import diffusion_demo
-from recipes.common import UserError
-from recipes.diffusion_data import open_image
-from recipes.diffusion_demo import CONTENDERS, DemoArguments, demo, interval, unseen
+from recipes.common.errors import UserError
+from recipes.diffusion import demo
+from recipes.diffusion.data import open_image
+from recipes.diffusion.demo import CONTENDERS, DemoArguments, interval, unseen
 
 pytestmark = pytest.mark.xdist_group("diffusion")
 
@@ -18,10 +18,10 @@ pytestmark = pytest.mark.xdist_group("diffusion")
 def test_demo_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Every part runs, though the model obeys nothing yet. A second start makes only what is not there."""
     few = {name: replace(CONTENDERS[name], learning_rates=(3e-3,)) for name in ("SGD-SaI raw", "AdamW")}
-    monkeypatch.setattr(diffusion_demo, "CONTENDERS", few)
+    monkeypatch.setattr(demo, "CONTENDERS", few)
     small = {"lora_steps": 1, "seeds": 1, "samples": 1, "inference_steps": 1, "size": 8, "channels": [8, 16]}
     config = DemoArguments(str(tmp_path / "out"), pretrain_steps=1, pretrain_batch_size=2, **small)
-    record = demo(config)
+    record = demo.demo(config)
     assert [(row["optimizer"], row["learning_rate"]) for row in record["runs"]] == [
         ("SGD-SaI raw", 3e-3),
         ("AdamW", 3e-3),
@@ -43,23 +43,23 @@ def test_demo_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     # As if killed in the second run: the base and the first run stay, the second is made again and is the same.
     (tmp_path / "out/AdamW-0.003-seed0/scores.json").unlink()
     runs: list[str] = []
-    train = diffusion_demo.run
-    monkeypatch.setattr(diffusion_demo, "run", lambda *given: (runs.append(given[1].optim), train(*given))[1])
-    monkeypatch.setattr(diffusion_demo, "pretrain", None)
-    again = demo(config)
+    train = demo.fine_tune
+    monkeypatch.setattr(demo, "fine_tune", lambda *given: (runs.append(given[1].optim), train(*given))[1])
+    monkeypatch.setattr(demo, "pretrain", None)
+    again = demo.demo(config)
     assert len(runs) == 1
     assert again["runs"][0] == record["runs"][0]
     assert all(again["runs"][1][key] == record["runs"][1][key] for key in ("all", "object", "colour", "place"))
     assert again["base"] == record["base"]
 
-    demo(replace(config, lora_steps=2))  # another setting: nothing of the runs may be taken over
+    demo.demo(replace(config, lora_steps=2))  # another setting: nothing of the runs may be taken over
     assert len(runs) == 3
-    two = demo(replace(config, lora_steps=2, seeds=2))  # the first seed's runs are there
+    two = demo.demo(replace(config, lora_steps=2, seeds=2))  # the first seed's runs are there
     assert len(runs) == 5
     row = two["runs"][0]
     assert (row["samples"], len(row["all_by_seed"])) == (2 * len(unseen()), 2)
     assert row["all"] == pytest.approx(sum(row["all_by_seed"]) / 2)
-    given = demo(replace(config, output_dir=str(tmp_path / "given"), base=str(tmp_path / "out/base")))
+    given = demo.demo(replace(config, output_dir=str(tmp_path / "given"), base=str(tmp_path / "out/base")))
     assert given["base"] == record["base"]
     assert [row["all"] for row in given["runs"]] == [row["all"] for row in record["runs"]]
     assert not (tmp_path / "given/base").exists()

@@ -14,17 +14,17 @@ pytest.importorskip("diffusers")
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
 
-from recipes.common import UserError
-from recipes.diffusion_card import model_card
-from recipes.diffusion_config import DiffusionArguments
-from recipes.diffusion_data import ConceptImages, Example, SampleNumbers, load_examples, open_image, read_hub
-from recipes.diffusion_demo import TOKEN, unseen, write_concept
-from recipes.diffusion_loss import LossByTimestep, draw_noise, min_snr_weights, target_of
-from recipes.diffusion_pretrain import new_pipeline, obeyed, pretrain
-from recipes.diffusion_samples import grid, sample, save_picture
-from recipes.diffusion_scores import ClipScorer
-from recipes.diffusion_tiny import identity_vae, word_tokenizer
-from recipes.diffusion_toy import BACKGROUND, CONCEPT, SIZE, combinations, detect, draw
+from recipes.common.errors import UserError
+from recipes.diffusion.card import model_card
+from recipes.diffusion.config import DiffusionArguments
+from recipes.diffusion.data import ConceptImages, Example, SampleNumbers, load_examples, open_image, read_hub
+from recipes.diffusion.demo import TOKEN, unseen, write_concept
+from recipes.diffusion.loss import LossByTimestep, draw_noise, min_snr_weights, target_of
+from recipes.diffusion.pretrain import new_pipeline, obeyed, pretrain
+from recipes.diffusion.samples import grid, sample, save_picture
+from recipes.diffusion.scores import ClipScorer
+from recipes.diffusion.tiny import identity_vae, word_tokenizer
+from recipes.diffusion.toy import BACKGROUND, CONCEPT, SIZE, combinations, detect, draw
 
 pytestmark = pytest.mark.xdist_group("diffusion")
 

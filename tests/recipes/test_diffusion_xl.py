@@ -13,12 +13,12 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, U
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from recipes.diffusion_config import DiffusionArguments
-from recipes.diffusion_data import open_image
-from recipes.diffusion_lora import run
-from recipes.diffusion_model import load_concept
-from recipes.diffusion_tiny import word_tokenizer
-from recipes.optimizers import OptimizerArguments
+from recipes.common.optimizers import OptimizerArguments
+from recipes.diffusion.config import DiffusionArguments
+from recipes.diffusion.data import open_image
+from recipes.diffusion.model import load_concept
+from recipes.diffusion.tiny import word_tokenizer
+from recipes.diffusion.train import fine_tune
 
 pytestmark = pytest.mark.xdist_group("diffusion")
 
@@ -91,7 +91,7 @@ def test_sdxl_trains_and_loads_back(tmp_path: Path, text_trains: bool) -> None:
         cache_prompts=not text_trains,
         **concept,
     )
-    record = run(config, OptimizerArguments(learning_rate=0.1, lr_scheduler_type="constant"))
+    record = fine_tune(config, OptimizerArguments(learning_rate=0.1, lr_scheduler_type="constant"))
     assert record["text_encoders"] == 2
     drawn = np.asarray(open_image(tmp_path / "out/samples/step-000003/00.png")).astype(int)
     pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path / "model")

@@ -1,4 +1,4 @@
-"""The LoRA recipe on a tiny base and a tiny set, end to end: recipes/gpt2_lora_e2e.py."""
+"""The LoRA recipe on a tiny base and a tiny set, end to end: recipes/e2e/train.py."""
 
 import csv
 import json
@@ -18,12 +18,12 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from hf_sai.cli import main
-from recipes.common import UserError
-from recipes.data import E2ETokens, group, load_e2e
-from recipes.gpt2_lora_e2e import E2EArguments, add_adapter, check_scoring, generate, run, score
-from recipes.models import load_model
-from recipes.optimizers import RecipeArguments
-from recipes.toy_e2e import write_sample
+from recipes.common.e2e_data import E2ETokens, group, load_e2e
+from recipes.common.errors import UserError
+from recipes.common.models import load_model
+from recipes.common.optimizers import RecipeArguments
+from recipes.e2e.toy_data import write_sample
+from recipes.e2e.train import E2EArguments, add_adapter, check_scoring, fine_tune, generate, score
 
 ROOT = Path(__file__).parents[2]
 
@@ -106,7 +106,7 @@ def test_a_run_leaves_an_adapter_that_gives_the_recorded_loss(folders: tuple[Pat
     config, args = settings(
         folders, tmp_path / "out", record=str(elsewhere), optim="sgd_sai", label_smoothing_factor=0.1, lora_dropout=0.0
     )
-    record = run(config, args)
+    record = fine_tune(config, args)
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} >= {
         "adapter",
@@ -138,7 +138,7 @@ def test_scores_are_those_of_the_predictions_file(
     folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, args = settings(folders, tmp_path, metrics=["bleu", "nist", "meteor", "rouge_l", "cider"], max_test_mrs=4)
-    record = run(config, args)
+    record = fine_tune(config, args)
     with open(tmp_path / "predictions.tsv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
     groups = group(load_e2e(str(folders[1])).test)[:4]
@@ -166,10 +166,10 @@ def test_without_generation_a_run_only_trains_and_validates(
 ) -> None:
     """The loss is that of the run with texts; unknown scores do not matter where none is taken."""
     config, args = settings(folders, tmp_path / "a", max_test_mrs=2)
-    whole = run(config, args)
+    whole = fine_tune(config, args)
     config, args = settings(folders, tmp_path / "b", generate=False, metrics=["nothing"])
     capsys.readouterr()
-    record = run(config, args)
+    record = fine_tune(config, args)
     said = capsys.readouterr().out.splitlines()
     assert said[-2:] == [
         f"validation loss {record['eval_loss']:.4f}",
@@ -183,7 +183,7 @@ def test_without_generation_a_run_only_trains_and_validates(
 
 def test_card_names_optimizer_rate_and_scores(folders: tuple[Path, Path], tmp_path: Path) -> None:
     config, args = settings(folders, tmp_path, optim="prodigy", learning_rate=0.5)
-    record = run(config, args)
+    record = fine_tune(config, args)
     card = ModelCard.load(tmp_path / "adapter" / "README.md")
     assert (card.data.base_model, card.data.library_name) == (None, "peft")  # the hub has no model `base`
     assert "| base model | base (a local folder) |" in card.text
@@ -200,9 +200,9 @@ def test_resume_at_4_of_8_is_bitwise_the_uninterrupted_run(
 ) -> None:
     """With dropout on, so the random state counts too."""
     common = {"optim": optim, "max_steps": 8, "save_strategy": "steps", "save_steps": 4, "max_test_mrs": 2}
-    run(*settings(folders, tmp_path / "whole", **common))
+    fine_tune(*settings(folders, tmp_path / "whole", **common))
     checkpoint = tmp_path / "whole" / "checkpoint-4"
-    run(*settings(folders, tmp_path / "resumed", **common, resume_from_checkpoint=str(checkpoint)))
+    fine_tune(*settings(folders, tmp_path / "resumed", **common, resume_from_checkpoint=str(checkpoint)))
     whole, resumed = adapter(tmp_path / "whole"), adapter(tmp_path / "resumed")
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -221,12 +221,12 @@ def test_only_the_dropout_that_was_asked_for(folders: tuple[Path, Path]) -> None
 
 def test_last_checkpoint_by_word(folders: tuple[Path, Path], tmp_path: Path) -> None:
     common = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "max_test_mrs": 1}
-    first = run(*settings(folders, tmp_path, **common))
-    again = run(*settings(folders, tmp_path, **common, resume_from_checkpoint="last"))
+    first = fine_tune(*settings(folders, tmp_path, **common))
+    again = fine_tune(*settings(folders, tmp_path, **common, resume_from_checkpoint="last"))
     assert again["eval_loss"] == first["eval_loss"]
     assert again["time"] == {"steps_timed": 0}  # nothing was left to train
     with pytest.raises(UserError, match="resume_from_checkpoint: there is no whole checkpoint in output_dir"):
-        run(*settings(folders, tmp_path / "empty", **common, resume_from_checkpoint="last"))
+        fine_tune(*settings(folders, tmp_path / "empty", **common, resume_from_checkpoint="last"))
 
 
 def test_the_best_model_is_kept(folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_the_best_model_is_kept(folders: tuple[Path, Path], tmp_path: Path) -> N
         load_best_model_at_end=True,
         max_test_mrs=1,
     )
-    record = run(config, args)
+    record = fine_tune(config, args)
     losses = {log["step"]: log["eval_loss"] for log in record["history"] if "eval_loss" in log and log["step"] > 0}
     best = min(losses, key=lambda step: losses[step] if math.isfinite(losses[step]) else math.inf)
     assert record["best_checkpoint_step"] == best < 6
@@ -287,7 +287,7 @@ def test_bad_model_layers_and_scores(folders: tuple[Path, Path], tmp_path: Path)
         load_model(str(tmp_path / "nothing"))
     config, args = settings(folders, tmp_path, lora_target_modules=["q_proj"])
     with pytest.raises(UserError, match=r"lora_target_modules: .*q_proj"):
-        run(config, args)
+        fine_tune(config, args)
     with pytest.raises(UserError, match=r"metrics must be of bleu, .* got 'blue'; did you mean 'bleu'\?"):
         check_scoring(["blue"])
 
@@ -297,13 +297,13 @@ def test_a_folder_with_an_earlier_run_is_refused_and_a_failed_run_leaves_none(
 ) -> None:
     """Neither the record nor the adapter of the first run changes; overwritten, the second run's take their place."""
     quick = {"generate": False, "max_steps": 1}
-    run(*settings(folders, tmp_path / "out", **quick))
+    fine_tune(*settings(folders, tmp_path / "out", **quick))
     files = [tmp_path / "out" / name for name in ("record.json", "adapter/adapter_model.safetensors")]
     before = [path.read_bytes() for path in files]
     with pytest.raises(UserError, match=r"holds record\.json of an earlier run: start over with --overw"):
-        run(*settings(folders, tmp_path / "out", **quick, seed=3))
+        fine_tune(*settings(folders, tmp_path / "out", **quick, seed=3))
     assert [path.read_bytes() for path in files] == before
-    run(*settings(folders, tmp_path / "out", **quick, seed=3, overwrite_output_dir=True))
+    fine_tune(*settings(folders, tmp_path / "out", **quick, seed=3, overwrite_output_dir=True))
     assert json.loads(files[0].read_text())["config"]["seed"] == 3
     assert files[1].read_bytes() != before[1]
 
@@ -311,16 +311,16 @@ def test_a_folder_with_an_earlier_run_is_refused_and_a_failed_run_leaves_none(
         config, args = settings(folders, tmp_path / "new", **quick)
         setattr(config, name, str(tmp_path / "no"))
         with pytest.raises(UserError, match=f"{name}: "):
-            run(config, args)
+            fine_tune(config, args)
         assert not (tmp_path / "new").exists()
 
 
 def test_sequences_fit_the_models_positions(folders: tuple[Path, Path], tmp_path: Path) -> None:
     config, args = settings(folders, tmp_path / "a", max_length=512, max_test_mrs=1)  # the model has 160
-    assert run(config, args)["steps"] == 4
+    assert fine_tune(config, args)["steps"] == 4
     config, args = settings(folders, tmp_path / "b", max_new_tokens=140)
     with pytest.raises(UserError, match=r"max_new_tokens: the longest prompt has \d+ tokens, which leaves \d+ of"):
-        run(config, args)
+        fine_tune(config, args)
 
 
 def test_no_java_is_found_out_before_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -359,7 +359,7 @@ def test_two_processes_equal_one(folders: tuple[Path, Path], tmp_path: Path) -> 
         words = [f"--{key}={value}" for key, value in options.items()]
         words += [f"--output_dir={out}", f"--per_device_train_batch_size={batch}", "--metrics", "bleu", "nist"]
         words += [f"--per_device_eval_batch_size={batch}"]
-        script = [str(ROOT / "recipes" / "gpt2_lora_e2e.py"), *words]
+        script = ["-m", "recipes.e2e", *words]
         launch = [sys.executable]
         if processes == 2:
             config = str(ROOT / "accelerate_configs" / "cpu.yaml")

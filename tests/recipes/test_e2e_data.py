@@ -1,4 +1,4 @@
-"""The E2E set as files, hub data, prompts and token sequences: recipes/data.py and recipes/toy_e2e.py."""
+"""The E2E set as files, hub data, prompts and token sequences: common/e2e_data.py and e2e/toy_data.py."""
 
 import gzip
 import os
@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from recipes.common import UserError
-from recipes.data import (
+from recipes.common.e2e_data import (
     HUB_NAME,
     HUB_REVISION,
     E2ETokens,
@@ -23,7 +22,8 @@ from recipes.data import (
     prompt_ids,
     read_csv,
 )
-from recipes.toy_e2e import RESTAURANT, general_rows, write_sample
+from recipes.common.errors import UserError
+from recipes.e2e.toy_data import RESTAURANT, general_rows, write_sample
 
 SHARED = Path(os.environ.get("HF_SAI_DATA", Path(__file__).parents[3] / "shared" / "data")) / "e2e"
 

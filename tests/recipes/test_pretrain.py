@@ -15,11 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sai.state import scale_shapes
-from recipes import gpt2_pretrain
-from recipes.common import UserError
-from recipes.gpt2_pretrain import PretrainTrainer, pretrain, read_config
-from recipes.gsnr_summary import summary
-from recipes.pretrain_report import model_flops_per_token
+from recipes.common.errors import UserError
+from recipes.pretrain import train as recipe
+from recipes.pretrain.gsnr_summary import summary
+from recipes.pretrain.report import model_flops_per_token
+from recipes.pretrain.train import PretrainTrainer, read_config
+from recipes.pretrain.train import run as pretrain
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("HF_SAI_DATA", ROOT / ".." / "shared" / "data")).resolve()
@@ -85,7 +86,7 @@ def test_result_is_a_model_with_its_tokenizer_and_a_record(config):
     assert tokenizer.eos_token_id == model.config.eos_token_id == 0
 
     record = record_of(folder)
-    _, validation = gpt2_pretrain.load_blocks(*read_config(config)[:2], tokenizer)
+    _, validation = recipe.load_blocks(*read_config(config)[:2], tokenizer)
     total = count = 0.0
     with torch.no_grad():
         for block in validation:  # the loss by hand, block by block
@@ -169,7 +170,7 @@ def test_g_snr_of_another_optimizer_and_initialisation(config):
     ratios = [x / math.sqrt(b["numel"]) for b in measured["blocks"] if b["kind"] == "bias" for x in b["gsnr_now"]]
     assert found["kinds"]["bias"]["to_sqrt_d"] == pytest.approx([min(ratios), median(ratios), max(ratios)], rel=1e-4)
     assert found["kinds"]["bias"]["drift"] is None
-    with pytest.raises(UserError, match=r"is no finished run of gpt2_pretrain\.py with gsnr_every"):
+    with pytest.raises(UserError, match=r"is no finished run of recipes\.pretrain with gsnr_every"):
         summary(folder / "nowhere")
 
 
@@ -203,14 +204,14 @@ def test_a_loss_above_max_loss_ends_the_run_as_diverged(config):
 
 
 def test_a_run_without_a_finite_gradient_has_an_empty_record_of_g_snr(config, monkeypatch):
-    build = gpt2_pretrain.build_model
+    build = recipe.build_model
 
     def broken(*args):
         model = build(*args)
         model.transformer.ln_f.weight.data.fill_(math.nan)
         return model
 
-    monkeypatch.setattr(gpt2_pretrain, "build_model", broken)
+    monkeypatch.setattr(recipe, "build_model", broken)
     config |= {"gsnr_every": 1, "optim": "adamw_torch", "max_grad_norm": 0.0}
     folder = pretrain(config)
     assert record_of(folder)["diverged"]
@@ -245,7 +246,7 @@ def test_model_flops_are_what_torch_counts():
         }
     )[1]
     tokenizer = type("Tokenizer", (), {"__len__": lambda self: 500, "eos_token_id": 0})()
-    model = gpt2_pretrain.build_model(options, tokenizer)
+    model = recipe.build_model(options, tokenizer)
     ids = torch.zeros(3, 64, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, labels=ids).loss.backward()
@@ -297,7 +298,7 @@ def test_two_processes_are_one_with_twice_the_batch(config, tmp_path):
     config |= {"output_dir": str(tmp_path / "two")}
     (tmp_path / "two.yaml").write_text(json.dumps(config))  # JSON is YAML
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml"]
-    command = [*launch, "recipes/gpt2_pretrain.py", str(tmp_path / "two.yaml")]
+    command = [*launch, "-m", "recipes.pretrain", str(tmp_path / "two.yaml")]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=800)
     two = record_of(tmp_path / "two")
     assert (one["processes"], two["processes"]) == (1, 2)
@@ -315,7 +316,7 @@ def test_two_processes_are_one_with_twice_the_batch(config, tmp_path):
 
 @pytest.mark.skipif(not (DATA / "tinyshakespeare").is_dir(), reason="needs HF_SAI_DATA")
 def test_tiny_shakespeare_command(tmp_path):
-    command = [sys.executable, "recipes/gpt2_pretrain.py", "recipes/configs/tiny_shakespeare.yaml"]
+    command = [sys.executable, "-m", "recipes.pretrain", "tiny_shakespeare.yaml"]
     shorter = ["--max_tokens", "61440", "--eval_steps", "15", "--max_eval_blocks", "32"]
     places = ["--train_files", str(DATA / "tinyshakespeare" / "input.txt"), "--cache_dir", str(tmp_path / "cache")]
     command += [*shorter, *places, "--output_dir", str(tmp_path / "run")]

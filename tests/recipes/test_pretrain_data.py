@@ -17,9 +17,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recipes import pretrain_data
-from recipes.common import UserError
-from recipes.pretrain_data import (
+from recipes.common.errors import UserError
+from recipes.pretrain import data
+from recipes.pretrain.data import (
     IGNORED,
     PackedBlocks,
     StreamedBlocks,
@@ -27,7 +27,7 @@ from recipes.pretrain_data import (
     tokenize_corpus,
     train_tokenizer,
 )
-from recipes.pretrain_text import Corpus
+from recipes.pretrain.text import Corpus
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("HF_SAI_DATA", ROOT / ".." / "shared" / "data")).resolve()
@@ -156,7 +156,7 @@ def test_the_mark_inside_a_document_is_text(tmp_path, tokenizer):
 
 
 def test_two_processes_write_the_same_file(tmp_path, jsonl, tokenizer, monkeypatch):
-    monkeypatch.setattr(pretrain_data, "BATCH_CHARACTERS", 1000)  # 20 units of work
+    monkeypatch.setattr(data, "BATCH_CHARACTERS", 1000)  # 20 units of work
     corpus = Corpus([jsonl], validation_fraction=0.1)
     written = [
         tokenize_corpus(corpus, tokenizer, 0, tmp_path / str(processes), processes)["train"].path.read_bytes()
@@ -166,9 +166,9 @@ def test_two_processes_write_the_same_file(tmp_path, jsonl, tokenizer, monkeypat
 
 
 def test_killed_tokenisation_goes_on_where_it_stopped(tmp_path, jsonl, tokenizer, monkeypatch):
-    monkeypatch.setattr(pretrain_data, "BATCH_CHARACTERS", 1000)
+    monkeypatch.setattr(data, "BATCH_CHARACTERS", 1000)
     corpus = Corpus([jsonl], validation_fraction=0.1)
-    encode = pretrain_data.encode
+    encode = data.encode
     calls, killed_at = 0, None
 
     def counted(*args):
@@ -178,7 +178,7 @@ def test_killed_tokenisation_goes_on_where_it_stopped(tmp_path, jsonl, tokenizer
             raise KeyboardInterrupt
         return encode(*args)
 
-    monkeypatch.setattr(pretrain_data, "encode", counted)
+    monkeypatch.setattr(data, "encode", counted)
     whole = tokenize_corpus(corpus, tokenizer, 0, tmp_path / "whole")
     needed, calls, killed_at = calls, 0, 10
     with pytest.raises(KeyboardInterrupt):
@@ -237,7 +237,7 @@ def test_every_token_but_the_first_is_predicted_once(length, block_size):
 
 @pytest.mark.parametrize("block_size", [2, 7, 64])
 def test_streamed_blocks_are_the_packed_blocks(tmp_path, jsonl, tokenizer, monkeypatch, block_size):
-    monkeypatch.setattr(pretrain_data, "BATCH_CHARACTERS", 1000)
+    monkeypatch.setattr(data, "BATCH_CHARACTERS", 1000)
     corpus = Corpus([jsonl], validation_fraction=0)
     packed = PackedBlocks(tokenize_corpus(corpus, tokenizer, 0, tmp_path)["train"].load(), block_size)
     streamed = StreamedBlocks(corpus.documents(), tokenizer, 0, block_size)
@@ -328,8 +328,8 @@ def test_188_megabytes_in_bounded_memory(tmp_path):
     code = f"""
 import resource, time
 from transformers import AutoTokenizer
-from recipes.pretrain_data import tokenize_corpus
-from recipes.pretrain_text import Corpus
+from recipes.pretrain.data import tokenize_corpus
+from recipes.pretrain.text import Corpus
 tokenizer = AutoTokenizer.from_pretrained({str(DATA / "gpt2_tokenizer")!r})
 folder = {str(DATA / "pretrain")!r}
 corpus = Corpus([folder + "/train-*.parquet"], [folder + "/validation.parquet"])

@@ -1,4 +1,4 @@
-"""What a run prints: recipes/progress.py."""
+"""What a run prints: recipes/common/progress.py."""
 
 import io
 import sys
@@ -7,8 +7,8 @@ import warnings
 import pytest
 from transformers.utils import logging as transformers_logging
 
-from recipes import progress as module
-from recipes.progress import Lines, progress, quiet
+from recipes.common import progress as module
+from recipes.common.progress import Lines, progress, quiet
 
 
 def test_a_file_gets_a_line_at_most_every_ten_seconds(

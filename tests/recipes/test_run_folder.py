@@ -1,6 +1,6 @@
-"""One way to resume, one guard of a run's folder, and what Ctrl-C leaves: recipes/run_folder.py, interrupt.py."""
+"""One way to resume, one guard of a run's folder, and what Ctrl-C leaves: run_folder.py and interrupt.py in common."""
 
-from recipes.start import run_main
+from recipes.common.start import run_main
 
 import json
 import os
@@ -16,12 +16,14 @@ from typing import Any
 import pytest
 import yaml
 
-from recipes import interrupt
-from recipes.common import UserError, check_writable, parse_config
-from recipes.diffusion_config import DiffusionArguments
-from recipes.gpt2_pretrain import PretrainArguments
-from recipes.optimizers import RecipeArguments
-from recipes.run_folder import LOCK, checkpoint_to_resume, run_folder
+from recipes.common import interrupt
+from recipes.common.config import parse_config
+from recipes.common.errors import UserError
+from recipes.common.files import check_writable
+from recipes.common.optimizers import RecipeArguments
+from recipes.common.run_folder import LOCK, checkpoint_to_resume, run_folder
+from recipes.diffusion.config import DiffusionArguments
+from recipes.pretrain.train import PretrainArguments
 
 ROOT = Path(__file__).parents[2]
 
@@ -104,7 +106,7 @@ def test_two_runs_at_once_the_second_is_refused_until_the_first_ends(tmp_path: P
     folder = tmp_path / "out"
     with run_folder(folder, None, none):
         code = (
-            "import sys\nfrom recipes.run_folder import run_folder\n"
+            "import sys\nfrom recipes.common.run_folder import run_folder\n"
             f"with run_folder({str(folder)!r}, None, lambda: None): print('entered')"
         )
         other = python(code)
@@ -124,7 +126,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_lock_of_a_killed_run_holds_nothing_up(tmp_path: Path) -> None:
     code = (
-        "import os\nfrom recipes.run_folder import run_folder\n"
+        "import os\nfrom recipes.common.run_folder import run_folder\n"
         f"with run_folder({str(tmp_path)!r}, None, lambda: None): os._exit(9)"
     )
     assert python(code).returncode == 9
@@ -200,7 +202,7 @@ def ctrl_c() -> None:
 def test_the_line_says_how_to_resume(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["python3", "recipes/x.py", "--config", "a b.yaml", "--resume_from_checkpoint", "auto", "--seed", "1"]
+    words = ["python3", "-m", "recipes.x", "--config", "a b.yaml", "--resume_from_checkpoint", "auto", "--seed", "1"]
     monkeypatch.setattr(sys, "orig_argv", words)
     saved: list[str] = []
 
@@ -212,7 +214,7 @@ def test_the_line_says_how_to_resume(
                 ctrl_c()
 
     said = interrupted(work, capsys)
-    command = "python recipes/x.py --config 'a b.yaml' --seed 1 --resume_from_checkpoint last"
+    command = "python -m recipes.x --config 'a b.yaml' --seed 1 --resume_from_checkpoint last"
     assert said == f"\ninterrupted; resume with: {command}\n"
 
 
@@ -220,14 +222,14 @@ def test_the_line_says_how_to_resume(
 def test_with_nothing_saved_it_says_so_and_leaves_no_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "orig_argv", ["python3", "recipes/x.py", "--seed", "1"])
+    monkeypatch.setattr(sys, "orig_argv", ["python3", "-m", "recipes.x", "--seed", "1"])
 
     def work() -> None:
         with run_folder(tmp_path / "out", None, none):
             ctrl_c()
 
     said = interrupted(work, capsys)
-    assert said == "\ninterrupted; nothing is saved yet, start it again with: python recipes/x.py --seed 1\n"
+    assert said == "\ninterrupted; nothing is saved yet, start it again with: python -m recipes.x --seed 1\n"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -279,7 +281,7 @@ PATIENCE = 20  # seconds: two are promised, a loaded machine may need more
 
 BUSY = """
 import sys, torch
-from recipes.start import run_main
+from recipes.common.start import run_main
 
 def main():
     a = torch.ones(4000, 4000, dtype=torch.float64)
@@ -371,9 +373,9 @@ def in_group(group: int) -> bool:
 
 def test_ctrl_c_in_a_recipe_names_a_command_that_does_resume(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    words = ["recipes/gpt2_pretrain.py", str(pretraining(tmp_path)), "--output_dir", str(out)]
+    words = ["-m", "recipes.pretrain", str(pretraining(tmp_path)), "--output_dir", str(out)]
     said = ended_by_ctrl_c(words, lambda: any(out.glob("checkpoint-???/trainer_state.json")))
-    command = f"python {words[0]} {words[1]} --output_dir {out} --resume_from_checkpoint last"
+    command = f"python {' '.join(words[:3])} --output_dir {out} --resume_from_checkpoint last"
     assert said == f"interrupted; resume with: {command}"
     last = max(int(path.name.partition("-")[2]) for path in out.glob("checkpoint-*"))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -1,4 +1,4 @@
-"""The recipe on TRL's SFTTrainer, on a tiny Llama with a chat template: LoRA, DoRA, 4-bit weights; recipes/sft.py."""
+"""The recipe on TRL's SFTTrainer, on a tiny Llama with a chat template: LoRA, DoRA, 4-bit weights; recipes/sft."""
 
 import json
 from collections.abc import Callable
@@ -13,11 +13,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 pytest.importorskip("trl", reason="TRL is not installed: pip install trl")
-from recipes.common import UserError
-from recipes.data import clean, load_e2e, prompt
-from recipes.sft import run_words
-from recipes.smollm2 import smollm2_folder
-from recipes.toy_e2e import write_sample
+from recipes.common.e2e_data import clean, load_e2e, prompt
+from recipes.common.errors import UserError
+from recipes.common.smollm2 import smollm2_folder
+from recipes.e2e.toy_data import write_sample
+from recipes.sft.train import run
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -75,7 +75,7 @@ def train(model: Path | str, data: Path, output: Path, *more: str) -> dict[str, 
     options = {"model": model, "data": data, "output_dir": output, "max_steps": STEPS, "learning_rate": 1e-2}
     options |= {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 1, "max_eval_rows": 3}
     options |= {"max_length": 400, "bf16": "false", "disable_tqdm": "true", "logging_steps": 1}
-    run_words(["sft_smollm2.yaml", *(f"--{key}={value}" for key, value in options.items()), *more])
+    run(["sft_smollm2.yaml", *(f"--{key}={value}" for key, value in options.items()), *more])
     record: dict[str, Any] = json.loads((output / "record.json").read_text())
     return record
 

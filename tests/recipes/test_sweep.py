@@ -16,12 +16,18 @@ import pytest
 import yaml
 
 from hf_sai import SGDSaI
-from recipes import common, optimizers, provenance, sweep_report
-from recipes import sweep as engine
-from recipes.common import UserError, machine, parse_config, versions, write_json
-from recipes.gpt2_pretrain import ModelArguments, PretrainArguments
-from recipes.sweep import Sweep, do, finals, planned, report
-from recipes.sweep_report import best_points, curves, larger_is_better, pareto, pareto_front, read_results
+from recipes.common import optimizers, provenance
+from recipes.common.config import parse_config
+from recipes.common.errors import UserError
+from recipes.common.files import finite, write_json
+from recipes.common.records import machine, versions
+from recipes.pretrain.train import ModelArguments, PretrainArguments
+from recipes.sweep import report as report_module
+from recipes.sweep import run as engine
+from recipes.sweep.report import best_points, curves, larger_is_better, pareto, pareto_front, read_results
+from recipes.sweep.run import Sweep, do, finals, planned, report
+
+ROOT = Path(__file__).parents[2]
 
 
 def content(folder: Path, **changes):
@@ -60,7 +66,7 @@ def test_plan_takes_turns_between_optimizers_and_tells_each_run_its_options(tmp_
     words = [f"--{key}={value}" for key, value in options.items()]
     base = str(tmp_path / "base.yaml")
     assert runs[0].words(tmp_path) == ["--config", base, f"--output_dir={tmp_path}", *words]
-    assert runs[0].command == " ".join(["python -m recipes.gpt2_pretrain --config base.yaml", *words])
+    assert runs[0].command == " ".join(["python -m recipes.pretrain base.yaml", *words])
 
 
 def row(run: str, rate: float, value: float | None, seed: int = 0) -> dict:
@@ -229,7 +235,7 @@ def test_an_edited_row_is_an_error_that_names_it(tmp_path, made, monkeypatch):
     report(sweep, "s.yaml")
     path = tmp_path / "results" / "name.json"
     content = json.loads(path.read_text())
-    assert common.finite(read_results(path)) == content
+    assert finite(read_results(path)) == content
     content["best"]["ours"]["value"] = 1.0  # taken anew from the rows
     write_json(path, content)
     assert read_results(path)["best"]["ours"]["value"] == 3.0
@@ -242,14 +248,14 @@ def test_an_edited_row_is_an_error_that_names_it(tmp_path, made, monkeypatch):
     monkeypatch.setattr("sys.argv", ["sweep.py", str(tmp_path / "s.yaml"), "--report"])
     with pytest.raises(UserError, match=edited):
         engine.main()
-    monkeypatch.setattr("sys.argv", ["sweep_report.py", str(path), "--output", str(tmp_path / "pareto.png")])
+    monkeypatch.setattr("sys.argv", ["report.py", str(path), "--output", str(tmp_path / "pareto.png")])
     with pytest.raises(UserError, match=edited):
-        sweep_report.main()
+        report_module.main()
     assert json.loads(path.read_text()) == content
 
 
 def test_every_recorded_sweep_is_as_it_was_written():
-    for path in (CONFIGS.parent / "results").glob("*.json"):
+    for path in (ROOT / "recipes" / "results").glob("*.json"):
         if "sweep" in json.loads(path.read_text(encoding="utf-8")):
             read_results(path)
 
@@ -346,20 +352,19 @@ def test_sweep_file_is_checked(tmp_path, change, message):
         read(tmp_path, **change)
 
 
-CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
-SWEEPS = [path for path in sorted(CONFIGS.glob("*.yaml")) if "\nruns:" in path.read_text(encoding="utf-8")]
+SWEEPS = sorted((ROOT / "recipes" / "sweep" / "configs").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_every_shipped_sweep_plans_runs_that_its_recipe_takes(path: Path, tmp_path: Path, monkeypatch):
     """Each run's options, of the grid and of the runs at length, pass the recipe's own checks."""
-    monkeypatch.chdir(CONFIGS.parents[1])
-    monkeypatch.setattr(common, "expand", lambda value: (value, None))  # the data need not be here
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("recipes.common.config.expand", lambda value: (value, None))  # the data need not be here
     sweep = Sweep.read(path)
     assert path.stem in sweep.results
     runs = planned(sweep)
     rows = [{"run": r.name, "point": r.point, "seed": r.seed, "value": 1.0} for r in runs]
-    types = importlib.import_module(engine.RECIPES[sweep.recipe][0]).CONFIG_TYPES
+    types = importlib.import_module(f"recipes.{sweep.recipe}.train").CONFIG_TYPES
     for run in [*runs, *finals(sweep, rows)]:
         parse_config(types, run.words(tmp_path))
 
@@ -418,7 +423,7 @@ KILLED = """
 import multiprocessing, os, pathlib, sys, time
 
 def work(path):
-    from recipes.interrupt import worker_start
+    from recipes.common.interrupt import worker_start
     worker_start()
     path.write_text(str(os.getpid()))
     time.sleep(900)

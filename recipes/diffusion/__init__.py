@@ -1,0 +1,1 @@
+"""A concept LoRA for Stable Diffusion."""

@@ -1,0 +1,1 @@
+"""LoRA on the E2E texts, scored by five metrics."""

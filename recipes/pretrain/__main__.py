@@ -1,0 +1,8 @@
+"""`python -m recipes.pretrain`: the command line of `train.py`."""
+
+from recipes.common.start import run_main
+
+from recipes.pretrain.train import main
+
+if __name__ == "__main__":
+    run_main(main)

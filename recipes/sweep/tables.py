@@ -1,0 +1,236 @@
+"""The tables of README.md and docs/*.md, from `recipes/results/*.json`: `python -m recipes.sweep.tables [--check]`.
+
+A table stands between `<!-- table: KIND RECORD ... -->` and `<!-- end -->`: a kind of `TABLES` and names of files in
+`recipes/results/` without `.json`; `versus` takes several of them, the others one. With `--check` nothing is written,
+and the exit status is 1 if a table differs from its record.
+"""
+
+from recipes.common.start import run_main
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_sai.commands.gsnr import ratios_of
+from recipes.common.config import find_config
+from recipes.common.errors import UserError
+from recipes.common.files import write_text
+from recipes.sweep.report import larger_is_better, read_results
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "recipes" / "results"
+
+
+def pages() -> list[Path]:
+    """The files that may hold tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table whose first column is text and whose others are numbers."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def sweep(record: Mapping[str, Any]) -> str:
+    """A row for each optimizer of a sweep: its best point, the metric there over the seeds, and its state."""
+    metric = str(record["metric"])
+    as_text = (lambda x: f"{100 * x:.1f}") if larger_is_better(metric) else "{:.3f}".format
+    every = [*record["runs"], *record["finals"]]
+    scores = list(dict.fromkeys(score for row in record["finals"] for score in row.get("scores") or ()))
+    rows = []
+    for name, best in record["best"].items():
+        grid = [row for row in record["runs"] if row["run"] == name]
+        finals = [row for row in record["finals"] if row["run"] == name]
+        values = [row["value"] for row in finals or [row for row in grid if row["point"] == best["point"]]]
+        diverged = sum(row["value"] is None for row in [*grid, *finals])
+        value = "diverged" if None in values else as_text(statistics.fmean(values))
+        if len(values) > 1 and None not in values:
+            value += f" ({as_text(min(values))} to {as_text(max(values))})"
+        rows.append(
+            [
+                name,
+                ", ".join(f"{x:g}{' (edge)' if axis in best['at_edge'] else ''}" for axis, x in best["point"].items()),
+                value,
+                *(f"{statistics.fmean(r['scores'][score] for r in finals):.3f}" if finals else "-" for score in scores),
+                f"{diverged} of {len(grid) + len(finals)}",
+                f"{grid[0]['optimizer_state_bytes'] / 1e3:,.0f}",
+            ]
+        )
+    axes = ", ".join(axis.replace("_", " ") for axis in next(iter(record["best"].values()))["point"])
+    unit = ", %" if larger_is_better(metric) else ""
+    table = markdown(
+        ["", axes, f"{metric.rpartition('.')[2]}{unit} (range)", *scores, "diverged", "state kB"],
+        rows,
+    )
+    seeds = len({row["seed"] for row in record["finals"] or record["runs"]})
+    then = ", then" if record["finals"] else ","
+    at_length = f"{then} {seeds} seed{'s' * (seeds > 1)} of it{': mean and range' * (seeds > 1)}"
+    devices = ", ".join(sorted({str(row["device"]) for row in every}))
+    several = f" {record['origins']}" if record["origins"] else ""
+    command = f"`python -m recipes.sweep {record['sweep']}`"
+    return f"{table}\n\nThe best point of each optimizer's grid{at_length}. {devices}.{several} {command}"
+
+
+def gsnr(record: Mapping[str, Any]) -> str:
+    """g-SNR / sqrt(d) over the blocks of a kind, in each setting of an `hf-sai gsnr --json` record."""
+    results = record["results"]
+    kinds = dict.fromkeys(block["kind"] for block in results[0]["blocks"])
+    rows = []
+    for kind in kinds:
+        ratios = [ratios_of(result["blocks"], kind) for result in results]
+        cells = [f"{min(found):.4f} to {max(found):.4f}" if found else "-" for found in ratios]
+        rows.append([kind, str(len(ratios[0])), *cells])
+    titles = [f"{result['init']}, batch {result['batch_size']}" for result in results]
+    parameters = sum(block["numel"] for block in results[0]["blocks"])
+    return (
+        f"{markdown(['', 'blocks', *titles], rows)}\n\nA fresh GPT-2 of {parameters / 1e6:.1f} M parameters, a "
+        f"vocabulary of {record['vocabulary']:,}, sequences of {record['block_size']} tokens, seed {record['seed']}; "
+        f"torch {record['versions']['torch']}."
+    )
+
+
+def speed(record: Mapping[str, Any]) -> str:
+    """Step, first step and state of each optimizer on the first model of a benchmark's record."""
+    first = record["results"][0]
+    same = [one for one in record["results"] if all(one[key] == first[key] for key in ("model", "dtype", "threads"))]
+    measured = {row["optimizer"]: row for one in same for row in one["rows"] if row["step_ms"] is not None}
+    rows = []
+    for row in measured.values():
+        spread = "" if row["quartiles_ms"] is None else " ({:.0f} to {:.0f})".format(*row["quartiles_ms"])
+        rows.append(
+            [
+                row["title"],
+                f"{row['step_ms']:.0f}{spread}",
+                f"{row['step_ms'] / measured['adamw_fused']['step_ms']:.2f}",
+                f"{row['first_step_ms']:.0f}",
+                f"{row['state_bytes'] / 1e6:.0f}",
+            ]
+        )
+    header = [f"{first['title']}, {first['dtype']}", "step ms (quartiles)", "/ AdamW fused", "first ms", "state MB"]
+    return (
+        f"{markdown(header, rows)}\n\nMedian of {max(row['steps'] for row in measured.values())} steps or fewer, "
+        f"{first['threads']} threads; {record['machine']['cpu']}, torch {record['versions']['torch']}."
+    )
+
+
+def rates(record: Mapping[str, Any]) -> str:
+    """A row for each learning rate of a sweep's grid and a column for each optimizer: mean and range over seeds."""
+    runs = list(dict.fromkeys(row["run"] for row in record["runs"]))
+    tried = sorted({float(row["point"]["learning_rate"]) for row in record["runs"]})
+    rows = []
+    for rate in tried:
+        cells = []
+        for name in runs:
+            own = [r for r in record["runs"] if r["run"] == name and float(r["point"]["learning_rate"]) == rate]
+            values = [row["value"] for row in own]
+            kept = [value for value in values if value is not None]
+            cell = f"{statistics.fmean(kept):.3f} ({min(kept):.3f} to {max(kept):.3f})" if kept else "-"
+            cells.append(f"{len(values) - len(kept)} of {len(values)} diverged" if len(kept) < len(values) else cell)
+        rows.append([f"{rate:g}", *cells])
+    devices = ", ".join(sorted({str(row["device"]) for row in record["runs"]}))
+    seeds = [sum(r["run"] == name for r in record["runs"]) / len(tried) for name in runs]
+    counted = f"{seeds[0]:g} seeds each" if len(set(seeds)) == 1 and seeds[0] % 1 == 0 else "not every run has finished"
+    table, command = markdown(["learning rate", *runs], rows), f"`python -m recipes.sweep {record['sweep']}`"
+    return f"{table}\n\nMean and range, {counted}. {devices}. {command}"
+
+
+def versus(*records: Mapping[str, Any]) -> str:
+    """A row for each job of some sweeps: SGD-SaI beside AdamW at AdamW's best learning rate, means over seeds.
+
+    Of the rates that both ran with equally many seeds, at least two. A job is a pair of runs `AdamW...` and
+    `SGD-SaI...` of one sweep, at the grid's length and at that of `final`; its title is the head of the sweep's file.
+    """
+    rows, devices = [], set()
+    for record in records:
+        head = find_config(record["sweep"]).read_text(encoding="utf-8").splitlines()[0]
+        for stage in ("runs", "finals"):
+            found: dict[str, dict[float, list[Mapping[str, Any]]]] = {}
+            for row in record[stage]:
+                rates = found.setdefault(row["run"], {})
+                rates.setdefault(float(row["point"]["learning_rate"]), []).append(row)
+            for name, theirs in found.items():
+                ours = found.get(name.replace("AdamW", "SGD-SaI"), {})
+                both = [rate for rate, own in theirs.items() if 1 < len(own) == len(ours.get(rate, ()))]
+                if not name.startswith("AdamW") or not both:
+                    continue
+                mean = {rate: statistics.fmean(row["value"] for row in theirs[rate]) for rate in both}
+                rate = min(both, key=mean.__getitem__)
+                pair = [[row["value"] for row in own[rate]] for own in (theirs, ours)]
+                tried = [float(row["point"]["learning_rate"]) for row in record["runs"] if row["run"] == name]
+                edge = " (edge)" if rate in (min(tried), max(tried)) else ""
+                state = [own[rate][0]["optimizer_state_bytes"] for own in (theirs, ours)]
+                title = head.removeprefix("# ").partition(":")[0] + name.removeprefix("AdamW")
+                if stage == "finals":
+                    tokens = record["final_options"].get("max_tokens")
+                    length = f"{tokens / 1e6:g} M tokens" if tokens else "at length"
+                    title = re.sub(r", [\d.]+ M tokens$", "", title) + f", {length}"
+                rows.append(
+                    [
+                        title,
+                        f"{rate:g}{edge}",
+                        *(f"{statistics.fmean(x):.3f} ({min(x):.3f} to {max(x):.3f})" for x in pair),
+                        f"{100 * (statistics.fmean(pair[1]) / mean[rate] - 1):+.1f} %",
+                        f"{state[1] / state[0]:.3f}",
+                        str(len(pair[0])),
+                    ]
+                )
+                devices |= {str(row["device"]) for row in theirs[rate] + ours[rate]}
+    header = ["validation loss", "learning rate", "AdamW (range)", "SGD-SaI (range)", "difference", "state", "seeds"]
+    return (
+        f"{markdown(header, rows)}\n\nBoth at the learning rate at which AdamW is best of those tried; *edge*: the "
+        f"lowest or highest of them. *State*: SGD-SaI's optimizer state over AdamW's. {', '.join(sorted(devices))}."
+    )
+
+
+TABLES: dict[str, Callable[..., str]] = {"sweep": sweep, "rates": rates, "versus": versus, "gsnr": gsnr, "speed": speed}
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def rewritten(text: str) -> str:
+    """The text with every table as its record has it.
+
+    Raises:
+        UserError: for an unknown kind of table, or one without a record.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        kind, names = match["kind"], match["records"].split()
+        paths = [RESULTS / f"{name}.json" for name in names]
+        missing = [path.name for path in paths if not path.exists()]
+        if kind not in TABLES or missing:
+            what = f"must be one of {', '.join(TABLES)}" if kind not in TABLES else f"needs {', '.join(missing)}"
+            raise UserError(f"table: {kind} {match['records']}: {kind} {what}")
+        read = read_results if kind in ("sweep", "rates", "versus") else _read
+        return f"{match['start']}{TABLES[kind](*map(read, paths))}\n{match['end']}"
+
+    block = r"(?P<start><!-- table: (?P<kind>\w+) (?P<records>[\w ]+) -->\n).*?(?P<end><!-- end -->)"
+    return re.sub(block, table, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    """Rewrite the pages, or check them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a table disagrees")
+    check = parser.parse_args().check
+    changed = []
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        if (new := rewritten(text)) != text:
+            changed.append(page.name)
+            if not check:
+                write_text(page, new)
+    if check and changed:
+        sys.exit(f"{', '.join(changed)} differ from recipes/results: run this without --check")
+
+
+if __name__ == "__main__":
+    run_main(main)
