@@ -57,7 +57,7 @@ docs: $(VENV)/.docs  ## the site, into site/; a broken link or a public name wit
 lint: $(VENV)/.dev  ## ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-types: $(VENV)/.dev  ## mypy strict on the package
+types: $(VENV)/.dev  ## mypy strict on the package and the recipes
 	$(BIN)/mypy
 
 format: $(VENV)/.dev  ## rewrite in the house format

@@ -59,7 +59,7 @@ RUNS: dict[str, Callable[[torch.nn.Module], Any]] = {
 }
 
 
-def make_model(config: dict[str, int], device: str) -> torch.nn.Module:
+def make_model(config: dict[str, Any], device: str) -> torch.nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -67,7 +67,7 @@ def make_model(config: dict[str, int], device: str) -> torch.nn.Module:
         previous = torch.get_default_dtype()
         torch.set_default_dtype(torch.bfloat16)
         try:
-            model = LlamaForCausalLM(LlamaConfig(**config, use_cache=False, loss_type="ForCausalLM"))
+            model = LlamaForCausalLM(LlamaConfig(**{**config, "use_cache": False, "loss_type": "ForCausalLM"}))
         finally:
             torch.set_default_dtype(previous)
     # transformers 6 keeps the first name only.

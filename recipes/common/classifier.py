@@ -97,6 +97,9 @@ class Epochs(TrainerCallback):
 class ClassifierTrainer(Trainer):
     """Trainer for logits and labels; evaluates loss and accuracies, and stops at a loss that is not finite."""
 
+    args: ClassifierArguments
+    train_dataset: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False  # the loss below is a mean over the batch
@@ -128,7 +131,8 @@ class ClassifierTrainer(Trainer):
         def rate(step: int) -> float:
             return step / warmup if step < warmup else factor ** math.floor(step / steps)
 
-        self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, rate)
+        chosen: Any = self.optimizer if optimizer is None else optimizer
+        self.lr_scheduler = LambdaLR(chosen, rate)
         return self.lr_scheduler
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -140,6 +144,7 @@ class ClassifierTrainer(Trainer):
         loss = cross_entropy(logits, labels.flatten(), label_smoothing=smoothing)
         if others is None:
             return loss
+        assert share is not None
         return share[0] * loss + (1 - share[0]) * cross_entropy(logits, others, label_smoothing=smoothing)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -185,7 +190,8 @@ class ClassifierTrainer(Trainer):
             samples += len(rows)
         means = (total[:3] / total[3]).tolist()
         named = zip(("loss", "top1", "top5"), means, strict=True)
-        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_{name}": value for name, value in named}, samples)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in named}
+        return EvalLoopOutput(None, None, metrics, samples)  # type: ignore[arg-type]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         logs["train_seconds"] = round(self.clock.seconds(), 3)
@@ -261,9 +267,10 @@ def _folder(args: ClassifierArguments) -> Iterator[tuple[str, str | None]]:
         with tempfile.TemporaryDirectory() as folder:
             yield folder, None
         return
-    last = functools.partial(last_whole_checkpoint, args.output_dir)
-    with run_folder(args.output_dir, args.resume_from_checkpoint, last, args.overwrite_output_dir) as checkpoint:
-        yield args.output_dir, checkpoint
+    folder = str(args.output_dir)
+    last = functools.partial(last_whole_checkpoint, folder)
+    with run_folder(folder, args.resume_from_checkpoint, last, args.overwrite_output_dir) as checkpoint:
+        yield folder, checkpoint
 
 
 # --- report ----------------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         content = yaml.safe_load(text)
-        top = yaml.compose(text, Loader=yaml.SafeLoader) if isinstance(content, dict) else None
+        top: Any = yaml.compose(text, Loader=yaml.SafeLoader) if isinstance(content, dict) else None
     except OSError as error:
         raise UserError(f"config file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -58,16 +58,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def parse_config(
-    types: type | Sequence[type], argv: Sequence[str] | None = None, description: str | None = None
-) -> tuple[Any, ...]:
+def parse_config(types: Any, argv: Sequence[str] | None = None, description: str | None = None) -> tuple[Any, ...]:
     """Fill dataclasses from `--config FILE.yaml` (or a first word `FILE.yaml`) and options, which win.
 
     YAML values pass through the same type checks as options, so `learning_rate: 1e-3` (which YAML 1.1 reads
     as a string) is a number here. An unknown key or option raises `UserError` and names the nearest known one.
 
     Args:
-        types: dataclass types; a field name must be in one of them only.
+        types: a dataclass type or several; a field name must be in one of them only.
         argv: the options, `sys.argv[1:]` by default.
         description: shown by `--help`.
     """

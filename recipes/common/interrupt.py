@@ -149,5 +149,10 @@ def worker_start() -> None:
     """In a new worker process: leave Ctrl-C to the parent, and end when the parent is gone, which may be killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
+
+    def end_with(process: Any) -> None:
+        process.join()
+        os._exit(1)
+
     if parent is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+        threading.Thread(target=end_with, args=(parent,), daemon=True).start()

@@ -247,7 +247,7 @@ class Together(Optimizer):
         self.param_groups = [group for part in parts for group in part.param_groups]
 
     @property
-    def state(self) -> dict[Any, Any]:  # type: ignore[override]
+    def state(self) -> Any:
         return {p: entry for part in self.parts for p, entry in part.state.items()}
 
     @state.setter
@@ -279,7 +279,8 @@ def _muon(model: nn.Module, args: Any, adam: dict[str, Any]) -> Optimizer:
     Muon's update is scaled to AdamW's root mean square, so that both take one learning rate.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    get_head: Any = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
     if head is not None:
         embeddings.add(id(head.weight))
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -289,8 +290,8 @@ def _muon(model: nn.Module, args: Any, adam: dict[str, Any]) -> Optimizer:
     own = _own_optim_args(torch.optim.Muon, args.optim_args)
     parts: list[Optimizer] = [torch.optim.Muon(matrices, **FIXED["muon"], **shared, **own)] if matrices else []
     if others:
-        spared = {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0}
-        groups = [{"params": [p for p in others if p.dim() >= 2]}, spared]
+        spared: dict[str, Any] = {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0}
+        groups: list[dict[str, Any]] = [{"params": [p for p in others if p.dim() >= 2]}, spared]
         parts.append(torch.optim.AdamW([group for group in groups if group["params"]], **shared, **adam))
     return Together(*parts)
 
@@ -310,7 +311,7 @@ def trainer_optimizer(model: nn.Module, args: Any) -> dict[str, Any]:
 def build_optimizer(model: nn.Module, args: Any) -> Optimizer:
     """The optimizer `args.optim` for a bare loop, with the Trainer's two groups (no decay on biases and norms)."""
     if isinstance(args.optim, OptimizerNames):
-        by_class = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        by_class: Any = Trainer.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]
     else:
         by_class = _class_and_kwargs(args, model)
     if by_class is None:

@@ -8,8 +8,8 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
+from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
 from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging

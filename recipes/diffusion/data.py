@@ -38,8 +38,8 @@ class Example:
 
 def open_image(source: Path | bytes) -> Image.Image:
     """The image in RGB, turned as its EXIF tag says, transparent parts white."""
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-        image = ImageOps.exif_transpose(image)
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as stored:
+        image: Image.Image = ImageOps.exif_transpose(stored)
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

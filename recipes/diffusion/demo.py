@@ -322,8 +322,9 @@ def demo(config: DemoArguments) -> dict[str, Any]:
     five = write_concept(output_dir / "concept", config.size)
     table, rows = compare(base, config)
     pictures = grid([("drawn for training", five), *rows], [drawing.caption(TOKEN) for drawing in unseen()], cell=64)
-    for path in filter(None, (output_dir / "grid.png", config.grid)):
-        save_picture(pictures, path)
+    save_picture(pictures, output_dir / "grid.png")
+    if config.grid:
+        save_picture(pictures, config.grid)
     record = run_record(
         "diffusion_demo",
         (config,),
@@ -338,10 +339,11 @@ def demo(config: DemoArguments) -> dict[str, Any]:
             for key in ("seconds", "cpu_seconds")
         },
     )
-    for path in filter(None, (output_dir / "record.json", config.record)):
-        write_json(path, record)
+    write_json(output_dir / "record.json", record)
+    if config.record:
+        write_json(config.record, record)
     print(as_text(base_scores, table))
-    print(f"per cent of samples, judged by the detector of diffusion_toy.py; pictures: {output_dir / 'grid.png'}")
+    print(f"per cent of samples, judged by the detector of toy.py; pictures: {output_dir / 'grid.png'}")
     print(f"{record['seconds']:.0f} seconds, {record['cpu_seconds']:.0f} of them of the processor")
     return record
 

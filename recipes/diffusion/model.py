@@ -3,7 +3,7 @@
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -231,7 +231,14 @@ class ConceptModel(nn.Module):
 def add_lora(part: Any, rank: int, alpha: float, dropout: float, targets: list[str]) -> None:
     """A LoRA on the linear layers of `part` whose names end in one of `targets`; its weights are float32."""
     try:
-        part.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets))
+        part.add_adapter(
+            LoraConfig(
+                r=rank,
+                lora_alpha=alpha,  # type: ignore[arg-type]
+                lora_dropout=dropout,
+                target_modules=targets,
+            )
+        )
     except ValueError as error:
         raise UserError(f"lora targets {', '.join(targets)}: {error}") from error
     for p in part.parameters():
@@ -256,7 +263,7 @@ def trained_parts(pipe: Any, tokens: list[str]) -> dict[str, dict[str, Any]]:
     """The arguments of `save_lora_weights` (key `lora`) and each token's rows (key `rows`), whole, on the CPU."""
     lora: dict[str, Any] = {}
     for name in ("unet", "text_encoder", "text_encoder_2"):
-        part = getattr(pipe, name, None)
+        part: Any = getattr(pipe, name, None)
         if getattr(part, "peft_config", None):
             state = {key: _whole(value) for key, value in get_peft_model_state_dict(part).items()}
             lora[f"{name}_lora_layers"] = convert_state_dict_to_diffusers(state)
@@ -265,8 +272,9 @@ def trained_parts(pipe: Any, tokens: list[str]) -> dict[str, dict[str, Any]]:
             about["target_modules"] = sorted(about["target_modules"])  # of a set: the same file in every process
             lora[f"{name}_lora_adapter_metadata"] = about
     encoders = text_parts(pipe)[1]
-    rows = {
-        token: [_whole(_embedding_table(encoder)[1].rows[i]) for encoder in encoders] for i, token in enumerate(tokens)
+    rows: dict[str, Any] = {
+        token: [_whole(cast(Any, _embedding_table(encoder)[1]).rows[i]) for encoder in encoders]
+        for i, token in enumerate(tokens)
     }
     return {"lora": lora, "rows": rows}
 

@@ -53,7 +53,7 @@ def grid(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequence[st
         columns: labels, broken into lines where they do not fit.
         cell: width and height at which each picture is shown, in pixels.
     """
-    font = ImageFont.load_default(size=11)
+    font: Any = ImageFont.load_default(size=11)
     pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     heads = [_broken(label, font, cell) for label in columns]
     line = sum(font.getmetrics()) + 1

@@ -25,7 +25,7 @@ class ClipScorer:
         try:
             from transformers import CLIPImageProcessorPil as Processor
         except ImportError:
-            from transformers import CLIPImageProcessor as Processor
+            from transformers import CLIPImageProcessor as Processor  # type: ignore[assignment]
         try:
             self.model = CLIPModel.from_pretrained(name).eval()
             self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)

@@ -134,7 +134,7 @@ def losses_of_batch(
     text = [torch.cat([s.text[k][b["index"]] for b, s in pairs]).to(device) for k in range(len(sources[0].text))]
     pooled = None
     if sources[0].pooled is not None:
-        pooled = torch.cat([s.pooled[b["index"]] for b, s in pairs]).to(device)
+        pooled = torch.cat([s.pooled[b["index"]] for b, s in pairs if s.pooled is not None]).to(device)
     sizes = torch.cat([batch["sizes"] for batch in batches]).to(device)
 
     prediction = model(schedule.add_noise(latents, noise, timesteps), timesteps, text, pooled, sizes)
@@ -325,8 +325,9 @@ def _fine_tune(config: DiffusionArguments, args: OptimizerArguments, checkpoint:
         if pictures:
             shutil.copy(validation.folder / "grid.png", lora / "grid.png")
         write_text(lora / "README.md", str(model_card(record, config, "grid.png" if pictures else None)))
-        for path in filter(None, (output_dir / "record.json", config.record)):
-            write_json(path, record)
+        write_json(output_dir / "record.json", record)
+        if config.record:
+            write_json(config.record, record)
         accelerator.print(f"LoRA, record and samples: {output_dir}")
     accelerator.wait_for_everyone()
     accelerator.end_training()  # last: it closes the trackers, and the process group with them

@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
@@ -45,10 +46,15 @@ def pretrain(rows: list[Row], tokenizer: PreTrainedTokenizerFast, steps: int, fo
     """A GPT-2 of two layers from scratch; returns the folder of the model and its tokenizer."""
     set_seed(1)
     end = tokenizer.eos_token_id
-    size = {"n_layer": 2, "n_head": 4, "n_embd": 128, "n_positions": 256, "vocab_size": len(tokenizer)}
+    size: dict[str, Any] = {"n_layer": 2, "n_head": 4, "n_embd": 128, "n_positions": 256, "vocab_size": len(tokenizer)}
     no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    special = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end, "loss_type": "ForCausalLM"}
-    model = GPT2LMHeadModel(GPT2Config(**size, **no_dropout, **special))
+    special: dict[str, Any] = {
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "pad_token_id": end,
+        "loss_type": "ForCausalLM",
+    }
+    model = GPT2LMHeadModel(GPT2Config(**{**size, **no_dropout, **special}))
     args = RecipeArguments(
         output_dir=str(folder),
         optim="adamw_torch_fused",

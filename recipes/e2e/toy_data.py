@@ -233,7 +233,9 @@ def _article(phrase: str) -> str:
 def describe(table: Mapping[str, str], attributes: Sequence[Attribute], noun: str, rng: random.Random) -> str:
     """One or two sentences that say the whole table."""
     name = table["name"]
-    before, after, statements = [], [], []
+    before: list[str] = []
+    after: list[str] = []
+    statements: list[str] = []
     for attribute in rng.sample(attributes, len(attributes)):
         value = table.get(attribute.key)
         if value is None or attribute.key == "eatType":

@@ -280,7 +280,9 @@ def save_plots(trainer: Trainer, folder: Path) -> dict[str, Path]:
     label = getattr(trainer.args.optim, "value", trainer.args.optim)
     paths = {"losses": plot_losses({label: trainer.state.log_history}, folder / "losses.png")}
     if isinstance(optimizer, SGDSaI):
-        paths["gsnr"] = plot_gsnr(gsnr_table(optimizer, trainer.model), folder / "gsnr.png")
+        paths["gsnr"] = plot_gsnr(
+            gsnr_table(optimizer, trainer.accelerator.unwrap_model(trainer.model)), folder / "gsnr.png"
+        )
     return paths
 
 
@@ -300,8 +302,9 @@ def fine_tune(config: E2EArguments, args: RecipeArguments, shown: TrainerCallbac
     if config.record:
         check_writable("record", Path(config.record).parent)
     check_model(config.model)
-    last = functools.partial(last_whole_checkpoint, args.output_dir)
-    with run_folder(args.output_dir, args.resume_from_checkpoint, last, args.overwrite_output_dir) as checkpoint:
+    folder = str(args.output_dir)
+    last = functools.partial(last_whole_checkpoint, folder)
+    with run_folder(folder, args.resume_from_checkpoint, last, args.overwrite_output_dir) as checkpoint:
         return _fine_tune(config, args, checkpoint, shown)
 
 
@@ -309,7 +312,7 @@ def _fine_tune(
     config: E2EArguments, args: RecipeArguments, checkpoint: str | None, shown: TrainerCallback | None
 ) -> dict[str, Any]:
     state = PartialState()
-    folder = Path(args.output_dir)
+    folder = Path(str(args.output_dir))
     set_seed(args.seed)
 
     with state.main_process_first():
@@ -394,8 +397,9 @@ def save(
     if predictions is not None:
         write_text(folder / "predictions.tsv", predictions)
     save_plots(trainer, folder)
-    for path in filter(None, (folder / "record.json", config.record)):
-        write_json(path, record)
+    write_json(folder / "record.json", record)
+    if config.record:
+        write_json(config.record, record)
     scores = ", ".join(f"{name} {value:.4f}" for name, value in record["scores"].items())
     print(f"validation loss {record['eval_loss']:.4f}{'; ' if scores else ''}{scores}")
     print(f"adapter, record and plots: {folder}")

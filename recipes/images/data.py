@@ -83,7 +83,7 @@ class ImageArguments:
             raise UserError("`preload: false` needs image_size")
 
 
-class ImageSet(Dataset):
+class ImageSet(Dataset[dict[str, Tensor]]):
     """Images and labels of one split; `__getitems__` gives a batch: `pixel_values` and `labels`.
 
     Args:
@@ -138,7 +138,7 @@ class ImageSet(Dataset):
             pixels = torch.stack([self._decoded(index) for index in indices])
         values = (pixels.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
         batch = {"pixel_values": values, "labels": self.labels[places]}
-        if augmented and self.options.mixup:
+        if self.augment_seed is not None and self.options.mixup:
             # one more number than an image's key has: a stream of its own
             batch = mix(
                 batch, self.options.mixup, np.random.default_rng((self.augment_seed, self.epoch, indices[0], 0))
@@ -146,9 +146,10 @@ class ImageSet(Dataset):
         return batch
 
     def _decoded(self, index: int) -> Tensor:
-        options = self.options
+        options: Any = self.options
+        images: Any = self.images
         try:
-            image = self.images[index].convert(self.mode)
+            image = images[index].convert(self.mode)
         except OSError as error:
             raise UserError(f"dataset: image {index} cannot be read ({error})") from error
         if self.augment_seed is None:
@@ -226,7 +227,7 @@ def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
 
 def _stacked(images: Iterable[Image.Image], mode: str, size: int | None, resize_to: int | None, split: str) -> Tensor:
     """All images as one (count, size, size, channels) uint8 tensor."""
-    decoded = []
+    decoded: list[Any] = []
     for row, image in enumerate(_readable(images, split)):
         side = size or (len(decoded[0]) if decoded else image.width)
         if size is None and image.size != (side, side):
@@ -304,7 +305,7 @@ def _splits(options: ImageArguments) -> tuple[Any, Any, int, str]:
     found = [(_images(train, image), labels)]
     found.append((_images(validation, image), _labels(validation, label, name or options.train_split, names, classes)))
     mode = "L" if next(iter(_readable(found[0][0], options.train_split))).mode in ("1", "L") else "RGB"
-    return *found, classes, mode
+    return found[0], found[1], classes, mode
 
 
 def _open(options: ImageArguments) -> Any:

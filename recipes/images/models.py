@@ -69,7 +69,7 @@ class ImageModelArguments:
     """The model."""
 
     model: str = field(default="vit_s16", metadata={"help": f"One of {', '.join(MODELS)}."})
-    model_options: dict | str | None = field(
+    model_options: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Fields of transformers' configuration, as JSON, instead of the model's."}
     )
 
@@ -94,7 +94,7 @@ class SmallImageResNet(ResNetForImageClassification):
 
     def __init__(self, config: Any):
         super().__init__(config)
-        stem = self.resnet.embedder
+        stem: Any = self.resnet.embedder
         stem.embedder.convolution = nn.Conv2d(
             config.num_channels, config.embedding_size, kernel_size=3, padding=1, bias=False
         )
@@ -117,7 +117,7 @@ def build_model(options: ImageModelArguments, image_size: int, channels: int, cl
     """
     kind, chosen = MODELS[options.model]
     default = CONFIG_MAPPING[kind]()
-    given = options.model_options or {}
+    given: Any = options.model_options or {}
     for key in given:
         if not hasattr(default, key):
             near = did_you_mean(key, default.to_dict())
@@ -142,13 +142,15 @@ def build_model(options: ImageModelArguments, image_size: int, channels: int, cl
             "backward on a CPU writes past its memory (oneDNN 3.12); give embedding_size and hidden_sizes of at least 8"
         )
     # the layout that convolutions are fastest in, on GPUs and on CPUs; it changes no value
-    return model.to(memory_format=torch.channels_last)
+    channels_last: PreTrainedModel = model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
+    return channels_last
 
 
 def _overruns(module: nn.Module) -> bool:
     """Whether oneDNN may write past the end of a buffer in this layer's backward, which ends the process later."""
-    strided = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.stride != (1, 1)
-    return strided and module.in_channels < 8
+    if not isinstance(module, nn.Conv2d):
+        return False
+    return module.kernel_size == (1, 1) and module.stride != (1, 1) and module.in_channels < 8
 
 
 def _check_size(config: Any, image_size: int) -> None:

@@ -48,7 +48,7 @@ class LSTMArguments:
 CONFIG_TYPES = (LSTMArguments, ClassifierArguments)
 
 
-class Sequences(Dataset):
+class Sequences(Dataset[dict[str, Tensor]]):
     """A text cut into sequences; a batch is `input_ids` and `labels`, (batch, length) int64, one character apart.
 
     Args:

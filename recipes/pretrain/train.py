@@ -208,6 +208,7 @@ def load_blocks(corpus: Corpus, options: ModelArguments, tokenizer: PreTrainedTo
     """Training and validation blocks (None without a validation split)."""
     backend, end_of_text = tokenizer.backend_tokenizer, tokenizer.eos_token_id
     if options.streaming:
+        validation_tokens: Any
         train_documents, validation_tokens = split_stream(
             corpus, backend, end_of_text, options.stream_validation_documents
         )
@@ -247,7 +248,7 @@ def build_model(options: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> 
         attn_pdrop=options.dropout,
         bos_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        attn_implementation=options.attn_implementation,
+        attn_implementation=options.attn_implementation,  # type: ignore[call-arg]
     )
     model = GPT2LMHeadModel(config)
     initialise(model, options.init_scheme)
@@ -260,6 +261,8 @@ def build_model(options: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> 
 
 class PretrainTrainer(Trainer):
     """Trainer whose log lines also hold tokens, seconds of training and perplexity, and that stops when it diverges."""
+
+    args: PretrainArguments
 
     def __init__(self, *args: Any, block_size: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -303,7 +306,7 @@ class PretrainTrainer(Trainer):
             total += rows.cpu().double().sum(0)
             samples += len(rows)
         loss = (total[0] / total[1]).item()
-        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss}, samples)
+        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss}, samples)  # type: ignore[arg-type]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         logs["tokens"] = self.state.global_step * self.tokens_per_step
@@ -332,7 +335,7 @@ def set_length(args: PretrainArguments, options: ModelArguments, train_blocks: i
     if not args.warmup_steps:
         steps = args.max_steps
         if steps <= 0:
-            steps = math.ceil(args.num_train_epochs * train_blocks * options.block_size / per_step)
+            steps = math.ceil(args.num_train_epochs * (train_blocks or 0) * options.block_size / per_step)
         args.warmup_steps = round(args.warmup_fraction * steps)
 
 
