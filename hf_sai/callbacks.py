@@ -54,8 +54,14 @@ class GSNRCallback(TrainerCallback):
     """
 
     def __init__(self, every: int | None = None, file: str = "gsnr.json", trainer: Trainer | None = None) -> None:
-        if every is not None and every < 1:
-            raise ValueError(f"every must be at least 1 optimizer step, or None for no measurements, got {every}")
+        if every is not None and not (isinstance(every, int) and every >= 1):
+            raise ValueError(
+                f"every must be a whole number of at least 1 optimizer step, or None for no measurements, got {every!r}"
+            )
+        if not isinstance(file, str) or not file:
+            raise ValueError(f"file must be a file name for the record in output_dir, got {file!r}")
+        if trainer is not None and not isinstance(trainer, Trainer):
+            raise ValueError(f"trainer must be a transformers.Trainer, or None, got {type(trainer).__name__}")
         self.every, self.file, self.trainer = every, file, trainer
         self._logged: set[str] = set()
         self._has_scales = True

@@ -10,6 +10,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 
 from hf_sai.optim_args import check_kwargs, parse_optim_args
 from hf_sai.optimizer import SGDSaI
+from hf_sai.options import check_model
 from hf_sai.param_groups import param_groups, split_token_rows
 from hf_sai.release import release_gradients
 from hf_sai.saved_state import compare_when_loading
@@ -71,6 +72,8 @@ def create_sgd_sai(model: nn.Module, args: TrainingArguments, num_training_steps
     Example:
         >>> trainer = Trainer(model, args, optimizers=create_sgd_sai(model, args, num_training_steps=1000))
     """
+    check_model(model)
+    _check_args(args)
     if num_training_steps < 1:
         raise ValueError(f"num_training_steps must be at least 1, got {num_training_steps}")
     # An instance method that reads nothing of its instance.
@@ -90,12 +93,21 @@ def create_sgd_sai(model: nn.Module, args: TrainingArguments, num_training_steps
 
 def kwargs_from_args(args: TrainingArguments) -> dict[str, Any]:
     """The keyword arguments of :class:`SGDSaI`; ``release_gradients`` is none of them."""
+    _check_args(args)
     parsed = parse_optim_args(args.optim_args)
     parsed.pop("release_gradients", None)
     _warn_if_nothing_will_train(args, parsed.get("scaling"))
     kwargs = {"lr": args.learning_rate, "weight_decay": args.weight_decay, **parsed}
     check_kwargs(kwargs)
     return kwargs
+
+
+def _check_args(args: Any) -> None:
+    if not isinstance(args, TrainingArguments):
+        raise ValueError(
+            f"args must be transformers.TrainingArguments, got {type(args).__name__}; "
+            "without them use hf_sai.param_groups and hf_sai.SGDSaI"
+        )
 
 
 def class_for(model: nn.Module | None) -> type[SGDSaI]:
@@ -106,6 +118,7 @@ def class_for(model: nn.Module | None) -> type[SGDSaI]:
     """
     if model is None:
         return SGDSaI
+    check_model(model)
 
     def make(_: type, params: Iterable[Any], *rest: Any, **kwargs: Any) -> SGDSaI:
         optimizer = SGDSaI(split_token_rows(params, model), *rest, **kwargs)

@@ -42,6 +42,12 @@ class Hyper(NamedTuple):
     stochastic_rounding: bool
 
 
+def check_model(model: Any) -> None:
+    """Raise ValueError for what is no ``torch.nn.Module``."""
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
 def momentum_dtype(param: Tensor, choice: torch.dtype | str | None) -> torch.dtype:
     """The dtype of a parameter's momentum buffer: the chosen one, else the parameter's own."""
     if choice is None:
@@ -57,10 +63,10 @@ def check_group(group: Mapping[str, Any]) -> None:
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr as a tensor must have one element, got shape {tuple(lr.shape)}")
-    _check_number("lr", lr)
-    _check_number("momentum", group["momentum"], below=1.0)
-    _check_number("eps", group["eps"])
-    _check_number("weight_decay", group["weight_decay"])
+    check_number("lr", lr)
+    check_number("momentum", group["momentum"], below=1.0)
+    check_number("eps", group["eps"])
+    check_number("weight_decay", group["weight_decay"])
     scaling = group["scaling"]
     if scaling not in SCALINGS:
         word = _GONE_SCALINGS.get(str(scaling))
@@ -79,7 +85,7 @@ def check_group(group: Mapping[str, Any]) -> None:
         raise ValueError(f"momentum_dtype must be None or one of {', '.join(MOMENTUM_DTYPES)}, got {choice!r}")
 
 
-def _check_number(name: str, value: Any, *, below: float = math.inf) -> None:
+def check_number(name: str, value: Any, *, below: float = math.inf) -> None:
     """Python and numpy numbers, one-element tensors and 0-dim arrays are numbers; truth values are none."""
     rule = f"in [0, {below:g})" if below < math.inf else "a finite number >= 0"
     elements = value.numel() if isinstance(value, Tensor) else 1 if getattr(value, "ndim", None) == 0 else 0

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hf_sai.options import check_model, check_number
+
 # Names of undecayed parameters, as transformers' Trainer has them.
 _UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(^|\.)norm($|\.)|_norm($|\.)", re.IGNORECASE)
 # Output layers of models without `get_output_embeddings`, by the last part of the module's name.
@@ -44,7 +46,8 @@ def param_groups(
         One to four groups: decayed, decayed token rows, undecayed, undecayed token rows.
 
     Raises:
-        ValueError: if no parameter is trained, or ``token_modules`` names anything but a module with such a weight.
+        ValueError: if no parameter is trained, ``weight_decay`` is negative or no number, or ``token_modules`` names
+            anything but a module with such a weight.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 2))
@@ -53,6 +56,11 @@ def param_groups(
         [(['1.weight'], 0.1, False), (['0.weight'], 0.1, True), (['1.bias'], 0.0, False)]
         >>> optimizer = hf_sai.SGDSaI(groups, lr=2e-4)
     """
+    check_model(model)
+    check_number("weight_decay", weight_decay)
+    for option, names in (("decay_parameters", decay_parameters), ("token_modules", token_modules)):
+        if isinstance(names, str):
+            raise ValueError(f"{option} must be a collection of names, got the text {names!r}; write [{names!r}]")
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trained:
         raise ValueError("model has no parameter with requires_grad; unfreeze what is to be trained first")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from hf_sai.checks import block_name
 from hf_sai.optimizer import SGDSaI
+from hf_sai.options import check_model
 from hf_sai.shards import is_dtensor
 
 
@@ -48,6 +49,11 @@ class GradientRelease:
     """
 
     def __init__(self, optimizer: SGDSaI, model: nn.Module, *, track_norm: bool = False) -> None:
+        if not isinstance(optimizer, SGDSaI):
+            raise ValueError(
+                f"optimizer must be an SGDSaI, got {type(optimizer).__name__}; only SGDSaI releases gradients"
+            )
+        check_model(model)
         if optimizer.releases_gradients:
             raise ValueError("release_gradients is active already; remove() its handle first")
         _check_model(optimizer, model)

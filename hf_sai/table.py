@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from hf_sai.blocks import block_names
 from hf_sai.optimizer import SGDSaI
+from hf_sai.options import check_model
 from hf_sai.shards import is_dtensor
 
 
@@ -52,6 +53,7 @@ def gsnr_table(optimizer: Any, model: nn.Module) -> list[GSNRRow]:
 
     Raises:
         TypeError: if the optimizer is not an SGDSaI.
+        ValueError: if the model is no ``torch.nn.Module``.
 
     Example:
         >>> model = nn.Linear(4, 2)
@@ -62,6 +64,7 @@ def gsnr_table(optimizer: Any, model: nn.Module) -> list[GSNRRow]:
         [('weight', 8, True), ('bias', 2, True)]
     """
     sgd_sai = unwrap_sgd_sai(optimizer)
+    check_model(model)
     blocks = sgd_sai.block_states()
     states = {p: state for _, p, state in blocks}
     named = {p: block.name for p, block in block_names(model).items() if p in states}

@@ -180,7 +180,7 @@ def test_a_block_without_a_usable_gradient_has_no_value(tmp_path: Path) -> None:
 def test_where_gradients_are_not_to_be_seen(
     make_gpt2: Callable[..., Any], token_dataset: list[Any], tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=r"every must be at least 1 optimizer step, or None.*got 0"):
+    with pytest.raises(ValueError, match=r"every must be a whole number of at least 1 optimizer step, or None.*got 0"):
         GSNRCallback(every=0)
     model = nn.Linear(2, 2)
     optimizer = SGDSaI(model.parameters())

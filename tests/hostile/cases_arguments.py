@@ -7,7 +7,7 @@ from typing import Any
 from hostile_table import Attempt, Case
 from torch import nn
 
-from hf_sai import SaITrainer, SaITrainingArguments, create_sgd_sai, sgd_sai_from_args
+from hf_sai import GSNRCallback, SaITrainer, SaITrainingArguments, create_sgd_sai, sgd_sai_from_args
 
 QUIET: dict[str, Any] = {"report_to": "none", "use_cpu": True, "disable_tqdm": True}
 
@@ -93,7 +93,40 @@ CASES: list[Case] = [
         for rate, says in ((-1.0, r"-1\.0"), (float("nan"), "nan"))
     ),
     Case(
-        "no training steps",
+        "create_sgd_sai: args a dict",
+        lambda _: Attempt(lambda: create_sgd_sai(nn.Linear(2, 2), {"learning_rate": 0.1}, 10)),
+        ValueError,
+        "args must be transformers.TrainingArguments, got dict; without them use hf_sai.param_groups",
+    ),
+    Case(
+        "create_sgd_sai: model a list of parameters",
+        lambda folder: Attempt(lambda: create_sgd_sai(list(nn.Linear(2, 2).parameters()), arguments(folder), 10)),
+        ValueError,
+        "model must be a torch.nn.Module, got list",
+    ),
+    Case(
+        "sgd_sai_from_args: args None",
+        lambda _: Attempt(lambda: sgd_sai_from_args(None)),
+        ValueError,
+        "args must be transformers.TrainingArguments, got NoneType",
+    ),
+    Case(
+        "sgd_sai_from_args: model a list",
+        lambda folder: Attempt(lambda: sgd_sai_from_args(arguments(folder), [])),
+        ValueError,
+        "model must be a torch.nn.Module, got list",
+    ),
+    *(
+        Case(f"GSNRCallback: {name}", lambda _, given=given: Attempt(lambda: GSNRCallback(**given)), ValueError, says)
+        for name, given, says in (
+            ("every 0", {"every": 0}, "every must be a whole number of at least 1 optimizer step, .* got 0"),
+            ("every 1.5", {"every": 1.5}, "every must be a whole number of at least 1 optimizer step, .* got 1.5"),
+            ("file None", {"file": None}, "file must be a file name for the record in output_dir, got None"),
+            ("trainer a dict", {"trainer": {}}, "trainer must be a transformers.Trainer, or None, got dict"),
+        )
+    ),
+    Case(
+        "create_sgd_sai: num_training_steps 0",
         lambda folder: Attempt(lambda: create_sgd_sai(nn.Linear(2, 2), arguments(folder), 0)),
         ValueError,
         "num_training_steps must be at least 1, got 0",

@@ -10,7 +10,7 @@ import torch
 from hostile_table import Attempt, Case, each, on, stepped
 from torch import Tensor, nn
 
-from hf_sai import SGDSaI, gsnr_table
+from hf_sai import SGDSaI, gsnr_table, param_groups, release_gradients
 from hf_sai.checkpoints import atomic_folder
 
 NAN, INF = math.nan, math.inf
@@ -207,8 +207,52 @@ CASES: list[Case] = [
         Case(f"state dict: {name}", lambda _, damage=damage: damaged(damage), ValueError, says)
         for name, (damage, says) in STATE_DICTS.items()
     ),
+    *(
+        Case(f"param_groups: {name}", lambda _, given=given: Attempt(lambda: param_groups(**given)), ValueError, says)
+        for name, given, says in (
+            ("model None", {"model": None}, "model must be a torch.nn.Module, got NoneType"),
+            (
+                "model without what trains",
+                {"model": nn.Linear(2, 2).requires_grad_(False)},
+                "model has no parameter with requires_grad; unfreeze",
+            ),
+            (
+                "weight_decay negative",
+                {"model": nn.Linear(2, 2), "weight_decay": -0.1},
+                r"weight_decay must be a finite number >= 0, got -0\.1",
+            ),
+            (
+                "decay_parameters a text",
+                {"model": nn.Linear(2, 2), "decay_parameters": "weight"},
+                r"decay_parameters must be a collection of names, got the text 'weight'; write \['weight'\]",
+            ),
+            (
+                "token_modules of no module",
+                {"model": nn.Linear(2, 2), "token_modules": ["head"]},
+                "token_modules must name modules .* got 'head', which the model lacks",
+            ),
+        )
+    ),
     Case(
-        "gsnr_table of AdamW",
+        "release_gradients: optimizer AdamW",
+        lambda _: Attempt(lambda: release_gradients(torch.optim.AdamW([parameter()]), nn.Linear(2, 2))),
+        ValueError,
+        "optimizer must be an SGDSaI, got AdamW; only SGDSaI releases gradients",
+    ),
+    Case(
+        "release_gradients: model of other parameters",
+        lambda _: Attempt(lambda: release_gradients(SGDSaI([parameter()]), nn.Linear(2, 2))),
+        ValueError,
+        "release_gradients: the model does not hold ",
+    ),
+    Case(
+        "gsnr_table: model None",
+        lambda _: Attempt(lambda: gsnr_table(SGDSaI([parameter()]), None)),
+        ValueError,
+        "model must be a torch.nn.Module, got NoneType",
+    ),
+    Case(
+        "gsnr_table: optimizer AdamW",
         lambda _: Attempt(lambda: gsnr_table(torch.optim.AdamW([parameter()]), nn.Linear(2, 2))),
         TypeError,
         "optimizer must be an SGDSaI, got AdamW; only SGDSaI measures g-SNR",
