@@ -10,7 +10,7 @@ The rows and the columns of a matrix are channels. The scale of an element is th
 relative to the mean over the columns. A channel without a gradient keeps its ``rms``, but in a matrix of token rows it
 counts as a zero, because how often a token occurs is what its scale has to make up for.
 
-Nothing here depends on the learning rate, nor, but for ``scaling="max"``, on other blocks.
+Nothing here depends on the learning rate. Nothing depends on other blocks, except under ``scaling="max"``.
 """
 
 import logging
@@ -296,7 +296,7 @@ def _stacklevel_of_user() -> int:
 
 
 def _logger() -> logging.Logger:
-    """transformers' logger where that library is in use, else one of our own."""
+    """transformers' logger where that library is in use, else the logger ``hf_sai``."""
     if "transformers" in sys.modules:
         logger: logging.Logger = sys.modules["transformers"].utils.logging.get_logger("transformers.hf_sai")
         return logger

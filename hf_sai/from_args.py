@@ -113,8 +113,8 @@ def _check_args(args: Any) -> None:
 def class_for(model: nn.Module | None) -> type[SGDSaI]:
     """``SGDSaI``; for a model, a class that makes one whose groups have names and the model's token rows.
 
-    transformers takes nothing but a class here. Groups of our own in the kwargs (``"params"``, as for GaLore) would
-    take the place of those that a subclass of Trainer has built by its own rules; so whatever groups come are kept.
+    transformers takes nothing but a class here. Groups in the kwargs (``"params"``, as for GaLore) would replace those
+    that a subclass of Trainer has built by its own rules; so whatever groups come are kept.
     """
     if model is None:
         return SGDSaI

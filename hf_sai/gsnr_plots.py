@@ -12,7 +12,7 @@ from hf_sai.plots import _figure, _plain, _plain_ticks, _save
 _COLOURS = {kind: f"C{i}" for i, kind in enumerate(KINDS[:10])} | dict(
     zip(KINDS[10:], ("0.3", "black", "0.6"), strict=True)
 )
-# Many kinds lie on one line: those drawn first are wider, so that they show beside those on top of them.
+# Many kinds share one line: those drawn first are wider, so that they show beside those on top of them.
 _WIDTHS = {kind: 5.0 - 0.4 * i for i, kind in enumerate(KINDS)}
 # Over time two kinds of one size have one line, step by step: every second one has gaps.
 _STYLES = {kind: ("-", (0, (6, 3)))[i % 2] for i, kind in enumerate(KINDS)}

@@ -5,8 +5,8 @@
     hf-sai launch COMMAND ARGS...                 trl sft --config sft.yaml, torchrun train.py, accelerate launch ...
     accelerate launch -m hf_sai.launch sft.py --optim sgd_sai
 
-What runs sees what the interpreter would show it, but for `sys.executable`. The Python processes that it starts are
-registered as well: by multiprocessing's spawn, by torchrun, accelerate and other launchers, by `sys.executable`, by
+The program sees what the interpreter would show it, except for `sys.executable`. The Python processes that it starts
+are registered as well: by multiprocessing's spawn, by torchrun, accelerate and other launchers, by `sys.executable`, by
 `python` on PATH. Not those that it starts by the full path of an interpreter, and none on Windows.
 """
 

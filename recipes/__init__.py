@@ -14,8 +14,8 @@ from importlib.util import find_spec
 
 from recipes.common.interrupt import while_importing
 
-# Import name -> package, of the extra `recipes` in pyproject.toml; what single recipes need besides, they name, but for
-# what they import first of all.
+# Import name -> package, of the extra `recipes` in pyproject.toml; a recipe names what else it needs, except for
+# what it imports first.
 _BASE = {"torch": "torch", "transformers": "transformers", "accelerate": "accelerate", "yaml": "pyyaml"}
 _TRAINING = {
     "peft": "peft",

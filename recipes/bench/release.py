@@ -1,7 +1,7 @@
 """Full fine-tuning of Llama-2 7B's shapes: peak memory and tokens per second with gradient release, and of rivals.
 
 Random weights and tokens, bfloat16, activation checkpointing, sequence 1024, batch 1: what is measured is memory and
-speed, not learning. Each optimizer has a model of its own, one after the other.
+speed, not learning. Each optimizer trains a new model, one after the other.
 
     python -m recipes.bench.release --out recipes/results/bench_release.json
 """

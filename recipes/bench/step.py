@@ -76,7 +76,7 @@ _SUITES: dict[str, list[Part]] = {
         Part("gpt2", torch.float32, list(RIVALS)),
     ],
 }
-# Begin nothing new after so many seconds.
+# Start nothing after N seconds.
 _SECONDS = {"cpu": 270.0, "cuda": 530.0}
 # The targets: (model, dtype, row, divided by, at most).
 _CLAIMS = {
@@ -117,7 +117,7 @@ def claims(suite: str, results: list[Result]) -> Iterator[tuple[str, float | Non
 
 
 def run_tests() -> str:
-    """tests/cuda in a process of its own; its last line."""
+    """tests/cuda in a separate process; its last line."""
     command = [
         sys.executable,
         "-m",
@@ -140,7 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=sorted(_SUITES), default="cpu")
     parser.add_argument("--steps", type=int, default=20, help="ordinary steps timed for each optimizer")
-    parser.add_argument("--seconds", type=float, help=f"begin nothing new after so many (default: {_SECONDS})")
+    parser.add_argument("--seconds", type=float, help=f"start nothing after N seconds (default: {_SECONDS})")
     parser.add_argument("--optimizers", nargs="+", choices=list(RIVALS), metavar="NAME", help="only these")
     parser.add_argument("--results", type=Path, default=ROOT / "recipes" / "results", help="where files are written")
     args = parser.parse_args()

@@ -47,7 +47,7 @@ class ClassifierArguments(RecipeArguments):
     save_model: bool = field(default=True, metadata={"help": "Into output_dir, where one is given."})
     warmup_fraction: float = field(default=0.0, metadata={"help": "Of all steps, where warmup_steps is 0."})
     lr_decay_epochs: float | None = field(
-        default=None, metadata={"help": "Instead of lr_scheduler_type: lower the rate each time so many have passed."}
+        default=None, metadata={"help": "Instead of lr_scheduler_type: lower the rate every N epochs."}
     )
     lr_decay_factor: float = field(default=0.1, metadata={"help": "With lr_decay_epochs."})
     eval_strategy: IntervalStrategy | str = "epoch"
@@ -60,7 +60,7 @@ class ClassifierArguments(RecipeArguments):
 
     def __post_init__(self) -> None:
         self.keep = self.output_dir is not None
-        self.output_dir = self.output_dir or tempfile.gettempdir()  # replaced by a folder of its own when it trains
+        self.output_dir = self.output_dir or tempfile.gettempdir()  # replaced by a new folder when it trains
         super().__post_init__()
         if not 0 <= self.warmup_fraction < 1:
             raise UserError(f"warmup_fraction must be in [0, 1), got {self.warmup_fraction}")
@@ -151,7 +151,7 @@ class ClassifierTrainer(Trainer):
         """As `from_pretrained` does it, with every weight accounted for.
 
         transformers 5 saves a ViT under its old names and loads a checkpoint under the new ones: the Trainer would
-        only log that the layers are missing, and go on from fresh ones.
+        only log that the layers are missing, and train fresh ones.
         """
         model = self.model if model is None else model
         if self.is_fsdp_enabled or not isinstance(model, PreTrainedModel):

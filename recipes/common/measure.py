@@ -74,7 +74,7 @@ class Clock(TrainerCallback):
 
     def __init__(self) -> None:
         self.total = 0.0
-        self.since: float | None = None  # None while it stands still
+        self.since: float | None = None  # None while the clock is stopped
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.total = max((row.get("train_seconds", 0.0) for row in state.log_history), default=0.0)

@@ -42,7 +42,7 @@ _WITHOUT_ADAM = ("sgdm", "scaled_sgd", "sgd_sai_authors", "sgd", "adafactor")
 
 
 def check_optimizer_name(name: str) -> str | OptimizerNames:
-    """The name itself for one of `OWN_OPTIMIZERS`, transformers' enum member for one of its own."""
+    """The name itself for one of `OWN_OPTIMIZERS`, the enum member for one of transformers'."""
     name = getattr(name, "value", name)
     name = _SHORT_NAMES.get(name, name)
     if name in OWN_OPTIMIZERS:
@@ -226,7 +226,7 @@ def _from_model(model: nn.Module, args: Any) -> Optimizer:
 
 
 def _adam_mini_name(name: str, parameter: nn.Parameter) -> str:
-    """The name that Adam-mini is told, from which it chooses a parameter's blocks.
+    """The name that Adam-mini is given, from which it chooses a parameter's blocks.
 
     It takes whatever is called an embedding for a matrix with a row for each token, and fails on a ViT's class token,
     positions and patch filters, and on a norm among a ResNet's embeddings. All that is no matrix gets the rule it has

@@ -46,7 +46,7 @@ def progress(total: int, desc: str, unit: str) -> Any:
 
 
 class TrainingProgress(TrainerCallback):
-    """The progress of a Trainer's steps and evaluations, in place of its own, which also prints its logs."""
+    """The progress of a Trainer's steps and evaluations, in place of the Trainer's, which also print its logs."""
 
     def __init__(self) -> None:
         self._training: Any = None

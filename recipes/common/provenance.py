@@ -65,7 +65,7 @@ def digest(content: Any) -> str:
 
 
 def sealed(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row with the digest of its own content."""
+    """The row with the digest of its content."""
     row = plain({key: value for key, value in row.items() if key != "digest"})
     return {**row, "digest": digest(row)}
 
@@ -149,7 +149,7 @@ def tokenizer_digest(tokenizer: Any) -> str | None:
 
 
 def defaults(types: Iterable[type]) -> dict[str, Any]:
-    """What the recipe's dataclasses say of every option that is not given, but for those of `PLACES`.
+    """What the recipe's dataclasses say of every option that is not given, except those of `PLACES`.
 
     Of transformers' own options those that decide how a run trains, and all whose default is another one here.
     """

@@ -15,7 +15,7 @@ SOURCES = {
     "`sample` is a text of the same size that needs no download",
     "e2e": "the E2E set is tuetschek/e2e_nlg on the hub, and trainset.csv, devset.csv and testset_w_refs.csv of "
     "tuetschek/e2e-dataset on GitHub; `python -m recipes.e2e.demo` needs neither",
-    "pretrain": "188 MB of English prose collected from public repositories, in no public place of its own; take any "
+    "pretrain": "188 MB of English prose collected from public repositories, not published as a whole; take any "
     "English text, or Skylion007/openwebtext from the hub with --dataset. `sample` needs no download",
     "cifar_like": "5,000 images of CIFAR-10 for training and 1,000 to validate on; uoft-cs/cifar10 on the hub has all; "
     "`digits` needs no download",

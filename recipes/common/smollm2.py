@@ -96,7 +96,7 @@ def _from_hub() -> Path | None:
 
     try:
         folder = Path(snapshot_download(HUB_NAME, allow_patterns=list(HUB_FILES), etag_timeout=5))
-    except Exception:  # offline, no name service, refused, cut off: each HTTP client has errors of its own
+    except Exception:  # offline, no name service, refused, cut off: each HTTP client has different errors
         return None
     # A download that was cut off leaves a folder in the hub's cache that lacks files.
     return folder if (folder / "model.safetensors").is_file() and (folder / "tokenizer.json").is_file() else None

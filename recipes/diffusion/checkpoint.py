@@ -88,7 +88,7 @@ def load_checkpoint(accelerator: Any, folder: Path, samples_per_step: int) -> di
     Args:
         accelerator: as when it was saved.
         folder: a checkpoint.
-        samples_per_step: over all processes; with another number the data would go on at another place.
+        samples_per_step: over all processes; with another number the data would resume at another row.
     """
     if not (folder / _PROGRESS).is_file():
         raise UserError(f"{_OPTION}: {folder} is not a checkpoint of this recipe: it has no {_PROGRESS}")

@@ -77,13 +77,13 @@ class DiffusionArguments:
     mixed_precision: str | None = field(default=None, metadata={"help": "no, fp16 or bf16; by default accelerate's."})
     seed: int = 0
 
-    save_steps: int = field(default=0, metadata={"help": "Save the whole state every so many steps; 0 for never."})
+    save_steps: int = field(default=0, metadata={"help": "Save the whole state every N steps; 0 for never."})
     save_total_limit: int = field(default=2, metadata={"help": "Older ones are deleted."})
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": RESUME_HELP})
     overwrite_output_dir: bool = field(default=False, metadata={"help": OVERWRITE_HELP})
 
     validation_prompts: list[str] | None = field(default=None, metadata={"help": "Prompts to draw samples for."})
-    validation_steps: int = field(default=0, metadata={"help": "Draw them every so many steps; 0 for the end only."})
+    validation_steps: int = field(default=0, metadata={"help": "Draw them every N steps; 0 for the end only."})
     validation_images: int = field(default=1, metadata={"help": "Samples of each prompt."})
     inference_steps: int = 30
     guidance_scale: float = 7.5

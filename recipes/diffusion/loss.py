@@ -15,7 +15,7 @@ BUCKETS = 10
 def draw_noise(
     numbers: list[int], shape: tuple[int, ...], timesteps: int, seed: int, offset: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What is random in the loss of each sample, from a generator of its own.
+    """What is random in the loss of each sample, from a separate generator.
 
     Args:
         numbers: of the samples, n of them.
@@ -85,7 +85,7 @@ class LossByTimestep:
         self._sums[1].index_add_(0, bucket, torch.ones_like(losses, dtype=torch.float64))
 
     def take(self, accelerator: Any) -> dict[str, float]:
-        """Means over all processes by bucket, `loss/t0000-0099` and so on, with `loss` over all; then start anew."""
+        """Means over all processes by bucket (`loss/t0000-0099`, ...) and over all (`loss`); starts again at zero."""
         sums, counts = accelerator.reduce(self._sums, reduction="sum").cpu()
         self._sums.zero_()
         width = self.timesteps // BUCKETS

@@ -197,7 +197,7 @@ def encode(text_encoders: Any, ids: list[Tensor]) -> tuple[Tensor, Tensor | None
 class ConceptModel(nn.Module):
     """UNet and text encoders as one module, so that one wrapper (DistributedDataParallel, FSDP) holds all that trains.
 
-    Text encoders are left out (an empty list) when nothing of them trains and the prompts are encoded beforehand.
+    Text encoders are left out (an empty list) when nothing of them trains and the prompts are encoded before training.
     """
 
     def __init__(self, unet: nn.Module, text_encoders: list[nn.Module]) -> None:

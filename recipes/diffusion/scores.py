@@ -21,7 +21,7 @@ class ClipScorer:
     def __init__(self, name: str) -> None:
         from transformers import AutoTokenizer, CLIPModel
 
-        # Without torchvision newer versions of transformers have the slow processor under a name of its own.
+        # Without torchvision newer versions of transformers have the slow processor under another name.
         try:
             from transformers import CLIPImageProcessorPil as Processor
         except ImportError:

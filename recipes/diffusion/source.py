@@ -54,7 +54,7 @@ class Source:
         numbers = SampleNumbers(
             first, last, self.config.per_device_train_batch_size, accelerator.process_index, accelerator.num_processes
         )
-        # A generator of its own: the loader would draw from the global one, whose state a checkpoint restores.
+        # A separate generator: the loader would draw from the global one, whose state a checkpoint restores.
         generator = torch.Generator().manual_seed(self.config.seed)
         workers = self.config.dataloader_num_workers
         yield from DataLoader(self.dataset, batch_sampler=numbers, num_workers=workers, generator=generator)

@@ -100,7 +100,7 @@ def tiny_pipeline(
     vae: AutoencoderKL | None = None,
     prediction_type: str = "v_prediction",
 ) -> StableDiffusionPipeline:
-    """A Stable Diffusion pipeline with random weights (but for an identity VAE), from torch's global generator.
+    """A Stable Diffusion pipeline with random weights and an identity VAE, from torch's global generator.
 
     Args:
         words: the tokenizer's.

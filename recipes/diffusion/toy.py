@@ -11,7 +11,7 @@ from functools import cache
 
 import numpy as np
 
-SIZE = 16  # pixels a side, unless told otherwise
+SIZE = 16  # pixels a side, by default
 SHAPES = ("cross", "square", "triangle")
 PATTERNS = ("plain", "striped", "halved")
 COLOURS = {"red": (255, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 255), "yellow": (255, 230, 30)}

@@ -57,7 +57,7 @@ class Validation:
         config: prompts, number of images, sampler settings.
         folder: `samples/` of the run; emptied of pictures after step `first_step`, which a resumed run draws again.
         size: of the pictures, in pixels.
-        first_step: the run starts or goes on from here.
+        first_step: the run starts or resumes here.
         scores: whether this process loads the CLIP model: now, so that one that is not there does not end a run.
     """
 

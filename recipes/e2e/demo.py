@@ -1,6 +1,6 @@
 """A tour of a few minutes: LoRA on E2E-style data with SGD-SaI beside AdamW, at one learning rate.
 
-    python -m recipes.e2e.demo                      # SmolLM2-135M, on sentences of our own grammar
+    python -m recipes.e2e.demo                      # SmolLM2-135M, on generated sentences
     python -m recipes.e2e.demo --data FOLDER        # the same on a part of the real E2E set (the official CSV files)
     python -m recipes.e2e.demo --base toy           # offline: a small GPT-2 that is pretrained first
 
@@ -63,7 +63,7 @@ class DemoArguments:
     """What the demo takes; the base says how much of it, unless it is given."""
 
     base: str = field(default="smollm2", metadata={"help": f"Model to fine-tune: {' or '.join(BASES)}."})
-    data: str | None = field(default=None, metadata={"help": "Folder of E2E CSV files; by default a set of our own."})
+    data: str | None = field(default=None, metadata={"help": "Folder of E2E CSV files; by default a generated set."})
     output_dir: str = field(default="outputs/demo", metadata={"help": "Folder for everything that is written."})
     learning_rate: float = field(default=3e-3, metadata={"help": "Of both optimizers: SGD-SaI takes AdamW's units."})
     steps: int | None = field(default=None, metadata={"help": "Of fine-tuning."})
@@ -201,7 +201,7 @@ def tour(demo: DemoArguments) -> None:
     size = replace(size, steps=demo.steps or size.steps, test_mrs=demo.test_mrs or size.test_mrs)
     config = recipe_config(model, write_part(source, output / "data", size), size)
     name = "SmolLM2-135M-Instruct" if base == "smollm2" else "the toy base"
-    data = f"a part of {demo.data}" if demo.data else "sentences of our own grammar"
+    data = f"a part of {demo.data}" if demo.data else "generated sentences"
 
     groups = group(load_e2e(config.data).test)
     groups = groups[:: max(1, len(groups) // SHOWN)][:SHOWN]

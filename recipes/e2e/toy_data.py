@@ -1,4 +1,4 @@
-"""A small English of our own: tables of attributes, sentences that say them, and plain prose around the same words.
+"""A generator of E2E-style data: tables of attributes, sentences that say them, and plain prose around the same words.
 
 `write_sample` makes an E2E-style set of restaurants in the official CSV schema (several references a meaning
 representation, no meaning representation in two splits). `general_rows` makes texts about other things - hotels, books,

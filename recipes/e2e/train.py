@@ -65,9 +65,9 @@ class E2EArguments:
     data: str = field(default=HUB_NAME, metadata={"help": "Hub name, or a folder with the official CSV files."})
     data_revision: str | None = field(default=None, metadata={"help": "Revision of the hub's data set."})
     max_length: int = field(default=512, metadata={"help": "Of a training sequence, in tokens."})
-    max_train_rows: int | None = field(default=None, metadata={"help": "Train on the first so many rows only."})
-    max_eval_rows: int | None = field(default=None, metadata={"help": "Validate on the first so many rows only."})
-    max_test_mrs: int | None = field(default=None, metadata={"help": "Generate and score the first so many MRs only."})
+    max_train_rows: int | None = field(default=None, metadata={"help": "Train on the first N rows only."})
+    max_eval_rows: int | None = field(default=None, metadata={"help": "Validate on the first N rows only."})
+    max_test_mrs: int | None = field(default=None, metadata={"help": "Generate and score the first N MRs only."})
     lora_r: int = field(default=4, metadata={"help": "Rank of the adapter."})
     lora_alpha: int = field(default=32, metadata={"help": "The adapter's output is multiplied by alpha / r."})
     lora_dropout: float = 0.1

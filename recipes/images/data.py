@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from recipes.common.errors import UserError, did_you_mean
 from recipes.images.augment import mix, rand_augment, random_resized_crop, resize_and_center, shift_and_flip
 
-# Of ImageNet's training images in red, green and blue; used where the images are not all read beforehand.
+# Of ImageNet's training images in red, green and blue; used where the images are not all in memory.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
 _SPLITS = {"train": "train", "validation": "validation", "val": "validation", "dev": "validation", "test": "test"}
@@ -46,7 +46,7 @@ class ImageArguments:
     )
     image_size: int | None = field(default=None, metadata={"help": "Side in pixels; by default that of the images."})
     preload: bool = field(default=True, metadata={"help": "Decode all images into memory before training."})
-    crop_padding: int = field(default=0, metadata={"help": "With preload: shift by up to so many pixels."})
+    crop_padding: int = field(default=0, metadata={"help": "With preload: shift by up to N pixels."})
     flip: bool = field(default=False, metadata={"help": "Mirror half of the training images."})
     crop_smallest: float | None = field(
         default=None, metadata={"help": "Without preload: random crops of at least this share of the area."}
@@ -139,7 +139,7 @@ class ImageSet(Dataset[dict[str, Tensor]]):
         values = (pixels.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
         batch = {"pixel_values": values, "labels": self.labels[places]}
         if self.augment_seed is not None and self.options.mixup:
-            # one more number than an image's key has: a stream of its own
+            # one more number than an image's key has: a separate stream
             batch = mix(
                 batch, self.options.mixup, np.random.default_rng((self.augment_seed, self.epoch, indices[0], 0))
             )

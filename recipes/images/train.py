@@ -25,7 +25,7 @@ CONFIG_TYPES = (ImageArguments, ImageModelArguments, ClassifierArguments)
 def run(config: str | Path | Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
     """Train as `config` says and return the run's record (see `classifier.build_record`).
 
-    May be called many times in one process: each run seeds anew and leaves nothing behind but what `output_dir` holds.
+    May be called many times in one process: each run sets the seed and leaves nothing outside `output_dir`.
 
     Args:
         config: a YAML file, a mapping of options, or command-line words. Without `output_dir` nothing is written;

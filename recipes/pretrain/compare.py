@@ -54,7 +54,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
         table_row("", record)
         _conditions([record])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged: {type(error).__name__}: {error}; make it anew by a run") from error
+        raise UserError(f"{path} is damaged: {type(error).__name__}: {error}; run the recipe again") from error
     return record
 
 

@@ -1,6 +1,6 @@
 """Documents to full blocks of tokens: tokenised once in bounded memory, then packed.
 
-Every document is followed by the end-of-text token, and the tokens of a split lie one after the other in one file of
+Every document is followed by the end-of-text token, and the tokens of a split follow one another in one file of
 the cache, which training maps into memory. A training document that is also a validation document is left out.
 """
 
@@ -132,7 +132,7 @@ class _Writer:
 def _write_split(
     writer: _Writer, documents: Iterable[tuple[int, str]], serialised: str, end_of_text: int, processes: int
 ) -> None:
-    """`documents` come with the count of documents read up to them, which is where a killed run goes on from."""
+    """`documents` come with the count of documents read up to them, which is where a killed run resumes."""
     done = writer.state["read"]
     fresh = ((read, text) for read, text in documents if read > done)
 
@@ -175,7 +175,7 @@ def tokenize_corpus(
 ) -> dict[str, TokenFile]:
     """The token files "train" and "validation" of a corpus, made once and then found in `cache_dir`.
 
-    A killed call goes on where it stopped, several processes at once wait for the one that works. The content does
+    A killed call resumes where it stopped; several processes at once wait for the one that works. The content does
     not depend on `processes`. Memory: a few MB of text for each process.
 
     Args:
@@ -279,7 +279,7 @@ class PackedBlocks(Dataset[dict[str, torch.Tensor]]):
 
 
 class Stream:
-    """Documents of a corpus, read anew by each iteration, less the first `skip` and those in `left_out` (digests)."""
+    """Documents of a corpus, read again by each iteration, less the first `skip` and those in `left_out` (digests)."""
 
     def __init__(self, corpus: Corpus, skip: int, left_out: set[bytes]) -> None:
         self.corpus, self.skip, self.left_out = corpus, skip, left_out

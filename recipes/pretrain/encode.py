@@ -1,4 +1,4 @@
-"""Documents to tokens. A module of its own, so that the processes that do it start without torch and transformers."""
+"""Documents to tokens. A separate module, so that the processes that do it start without torch and transformers."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The text of a pretraining run: documents from local files or the hub, and which of them validate.
 
-The validation split is whole documents: files of its own, or the documents whose hash falls below
+The validation split is whole documents: separate files, or the documents whose hash falls below
 `validation_fraction`, whatever their order.
 """
 
@@ -38,7 +38,7 @@ class Corpus:
 
     Either `train_files` (paths or glob patterns; .parquet, .jsonl, .csv, .txt, the last three also with .gz; `sample`
     is the text of `sample_text.py`) or
-    `dataset` (a name on the hub). A text file has no document marks of its own: a line that equals
+    `dataset` (a name on the hub). A text file has no document marks: a line that equals
     `document_separator` ends a document; without one the file is cut at empty lines into documents of about 16,000
     characters.
     """

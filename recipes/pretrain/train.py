@@ -143,7 +143,7 @@ class PretrainArguments(RecipeArguments):
     max_tokens: int | None = field(default=None, metadata={"help": "Sets max_steps; a last step is not cut."})
     warmup_fraction: float = field(default=0.01, metadata={"help": "Of all steps, where warmup_steps is 0."})
     gsnr_every: int | None = field(
-        default=None, metadata={"help": "Measure every block's g-SNR each so many steps: gsnr.json and figures of it."}
+        default=None, metadata={"help": "Measure every block's g-SNR every N steps: gsnr.json and figures of it."}
     )
     logging_nan_inf_filter: bool = False
     max_loss: float = field(

@@ -35,8 +35,8 @@ class SFTArguments(ModelConfig):
     model_name_or_path: str | None = field(default=None, init=False)  # no option: `model` takes its place
     model: str = field(default="smollm2", metadata={"help": "Hub name, folder, or smollm2."})
     data: str = field(default=HUB_NAME, metadata={"help": "Hub name, or a folder with the official CSV files."})
-    max_train_rows: int | None = field(default=None, metadata={"help": "Train on the first so many rows only."})
-    max_eval_rows: int | None = field(default=None, metadata={"help": "Evaluate on the first so many rows only."})
+    max_train_rows: int | None = field(default=None, metadata={"help": "Train on the first N rows only."})
+    max_eval_rows: int | None = field(default=None, metadata={"help": "Evaluate on the first N rows only."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": OVERWRITE_HELP})
 
 

@@ -25,7 +25,7 @@ from recipes.common.provenance import check_sealed, origins
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """The results of a sweep, each row checked against its digest and the best points taken anew from the rows.
+    """The results of a sweep, each row checked against its digest and the best points taken from the rows.
 
     Raises:
         UserError: no such results, or a row that was edited; the message names it.
@@ -64,7 +64,7 @@ def best_points(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, dic
 
 
 def _edges(point: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The axes of numbers at whose smallest or largest value the point lies."""
+    """The axes of numbers at whose smallest or largest value the point is."""
     tried = {axis: {row["point"][axis] for row in rows} for axis, x in point.items() if isinstance(x, int | float)}
     return [axis for axis, values in tried.items() if len(values) > 1 and point[axis] in (min(values), max(values))]
 

@@ -374,7 +374,9 @@ def main() -> None:
     parser.add_argument("file", metavar="FILE.yaml")
     parser.add_argument("--report", action="store_true", help="only write the results of the runs that are there")
     parser.add_argument("--processes", type=int, help="instead of the file's")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="start no run after so many; none by default")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="start no run after N seconds; by default no limit"
+    )
     args = parser.parse_args()
     if not args.seconds > 0:
         raise UserError(f"--seconds must be above 0, got {args.seconds:g}")
@@ -405,7 +407,7 @@ def _work(sweep: Sweep, args: argparse.Namespace) -> None:
         left = [run for run in runs if run.label not in failed and row_of(run, sweep.metric, earlier) is None]
         if left:
             more = ", and those at length" if stage == "grid" and sweep.final else ""
-            print(f"{args.seconds:g} seconds are over; runs left: {len(left)}{more}; the same command goes on")
+            print(f"{args.seconds:g} seconds are over; runs left: {len(left)}{more}; the same command does the rest")
             break
     if args.report or _rows(sweep, planned(sweep)):
         show(report(sweep, args.file))

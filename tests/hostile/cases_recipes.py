@@ -133,7 +133,7 @@ for _key, _value in {"config": [], "curves": {"train": [{}]}, "final": 3, "token
     RECORDS[f"{_key} damaged"] = (json.dumps({**RECORD, _key: _value}).encode(), r"record\.json is damaged: \w+Error")
 RECORDS["a loss damaged"] = (
     json.dumps({**RECORD, "curves": {"train": [{"tokens": 1, "seconds": 1, "loss": "low"}]}}).encode(),
-    "is damaged: ValueError: could not convert string to float: 'low'; make it anew",
+    "is damaged: ValueError: could not convert string to float: 'low'; run the recipe again",
 )
 
 

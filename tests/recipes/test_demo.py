@@ -95,7 +95,7 @@ def test_smollm2_is_the_base_unless_another_is_asked_for(
     monkeypatch.setattr(recipe, "score", lambda outputs, groups, metrics: dict.fromkeys(metrics, 0.5))
     text, results = start([], tmp_path / "out", monkeypatch)
     check(text, results, capsys.readouterr().out, tmp_path / "out")
-    assert "LoRA of SmolLM2-135M-Instruct on sentences of our own grammar" in text
+    assert "LoRA of SmolLM2-135M-Instruct on generated sentences" in text
     assert not (tmp_path / "out" / "base").exists()
     # q_proj and v_proj, 32 to 32: rank 4 times 64 numbers each, and AdamW keeps two of each in four bytes
     assert float(results["AdamW"]["state MB"]) == pytest.approx(2 * 2 * 4 * 64 * 4 / 1e6, abs=6e-4)

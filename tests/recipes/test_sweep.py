@@ -290,7 +290,7 @@ def test_after_the_seconds_given_no_run_starts(tmp_path, made, monkeypatch, caps
     engine.main()
     assert made == OURS[:2]
     out = capsys.readouterr().out
-    assert "2.5 seconds are over; runs left: 1, and those at length; the same command goes on\n" in out
+    assert "2.5 seconds are over; runs left: 1, and those at length; the same command does the rest\n" in out
     assert len(json.loads((tmp_path / "results" / "name.json").read_text())["runs"]) == 2
     monkeypatch.undo()
 
