@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check -q -c constra
 # Tests run on two processes of one thread each: torch's own threads only fight for two cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help demo demo-diffusion test test-fast test-slow docs lint types format clean
+.PHONY: help demo demo-diffusion test test-fast test-slow test-versions test-oldest test-newest docs lint types format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -50,6 +50,22 @@ test-fast: $(VENV)/.dev  ## the optimizer's core, under a minute: what `import h
 test-slow: $(VENV)/.bench  ## the long tests
 	$(PYTEST) -m slow $(ARGS)
 
+# The optimizer's core and the Trainer with the oldest versions that pyproject.toml allows and with the newest.
+PYTHON_oldest ?= python3.10
+PYTHON_newest ?= python3.13
+oldest := 'torch==2.8.*' 'transformers==4.57.*' 'accelerate==1.10.*' 'peft==0.18.*'
+newest := torch transformers accelerate peft
+TRAINER_TESTS := $(addprefix tests/test_,trainer.py register.py resume_trainer.py callbacks.py optim_args.py)
+
+test-versions: test-oldest test-newest  ## core and Trainer tests with the oldest and the newest torch and transformers
+
+test-oldest test-newest: test-%:
+	test -x $(VENV)-$*/bin/python || $(PYTHON_$*) -m venv $(VENV)-$*
+	$(VENV)-$*/bin/python -m pip install --disable-pip-version-check -q -e . $($*) \
+		numpy pytest pytest-timeout pytest-xdist hypothesis 'sgd-sai==1.0.3'
+	OMP_NUM_THREADS=1 $(VENV)-$*/bin/python -m pytest -n 2 --core -m "not slow and not cuda" tests $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)-$*/bin/python -m pytest -n 2 -m "not slow and not cuda" $(TRAINER_TESTS) $(ARGS)
+
 # The variable silences a notice that mkdocs-material prints at each start; warnings of the build still fail it.
 docs: $(VENV)/.docs  ## the site, into site/; a broken link or a public name without a docstring is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
@@ -64,4 +80,4 @@ format: $(VENV)/.dev  ## rewrite in the house format
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -81,6 +81,8 @@ def test_other_optimizers_are_what_they_were() -> None:
         quiet(optim="sgd_say")
 
 
+# transformers 4.57 warns of a field of its own.
+@pytest.mark.filterwarnings("ignore:.--push_to_hub_token. is deprecated:FutureWarning")
 @pytest.mark.usefixtures("registered")
 def test_arguments_convert_and_serialise() -> None:
     args = quiet(learning_rate=1e-3, optim_args="momentum=0.5")
