@@ -54,11 +54,6 @@ def last_whole_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     return None
 
 
-def is_whole(checkpoint: str | os.PathLike[str]) -> bool:
-    """Whether a Trainer's checkpoint was written to its end: its last file is there, and no file is cut off."""
-    return why_not_whole(checkpoint) is None
-
-
 def why_not_whole(checkpoint: str | os.PathLike[str]) -> str | None:
     """What shows that a Trainer's checkpoint was not written to its end; None where nothing does.
 

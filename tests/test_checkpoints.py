@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hf_sai import SaITrainer, SaITrainingArguments, SGDSaI
-from hf_sai.checkpoints import atomic_folder, is_whole, last_whole_checkpoint, why_not_whole
+from hf_sai.checkpoints import atomic_folder, last_whole_checkpoint, why_not_whole
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ FILES = ["trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", 
 
 def test_a_checkpoint_with_a_cut_file_is_not_whole(run: Path) -> None:
     newest = run / "checkpoint-4"
-    assert is_whole(newest)
+    assert why_not_whole(newest) is None
     assert last_whole_checkpoint(run) == str(newest)
     for name in FILES:
         content = (newest / name).read_bytes()
@@ -169,11 +169,13 @@ def test_an_overwritten_checkpoint_is_not_whole_while_it_is_written(
     seen = []
     save = trainer._save_optimizer_and_scheduler
     monkeypatch.setattr(
-        trainer, "_save_optimizer_and_scheduler", lambda folder: (seen.append(is_whole(folder)), save(folder))
+        trainer,
+        "_save_optimizer_and_scheduler",
+        lambda folder: (seen.append(why_not_whole(folder) is None), save(folder)),
     )
     trainer.train()
     assert seen == [False, False]
-    assert is_whole(run / "checkpoint-4")
+    assert why_not_whole(run / "checkpoint-4") is None
 
 
 def test_atomic_folder(tmp_path: Path) -> None:

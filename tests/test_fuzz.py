@@ -16,7 +16,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_sai.checkpoints import is_whole
+from hf_sai.checkpoints import why_not_whole
 from hf_sai.metrics.e2e_nlg.files import read_predictions, read_references
 from hf_sai.optim_args import normalize_optim_args, parse_optim_args
 from hf_sai.options import check_group
@@ -261,9 +261,9 @@ def test_any_file_in_a_checkpoint_is_whole_or_not(content: bytes, name: str) -> 
         checkpoint = Path(folder) / "checkpoint-1"
         checkpoint.mkdir()
         (checkpoint / "trainer_state.json").write_text('{"global_step": 1}')
-        assert is_whole(checkpoint)
+        assert why_not_whole(checkpoint) is None
         (checkpoint / name).write_bytes(content)
-        assert not is_whole(checkpoint)
+        assert why_not_whole(checkpoint) is not None
 
 
 @quick

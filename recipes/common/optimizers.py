@@ -8,7 +8,6 @@ import ast
 import importlib
 import inspect
 import logging
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from hf_sai import SGDSaI, calibration
@@ -324,11 +323,3 @@ def build_optimizer(model: nn.Module, args: Any) -> Optimizer:
         {"params": [p for name, p in trainable if name not in decayed], "weight_decay": 0.0},
     ]
     return cls([group for group in groups if group["params"]], **kwargs)
-
-
-def build_optimizer_and_scheduler(model: nn.Module, args: Any, num_training_steps: int) -> tuple[Optimizer, Any]:
-    """`build_optimizer` with the learning-rate schedule of `args.lr_scheduler_type` and `args.warmup_steps`."""
-    optimizer = build_optimizer(model, args)
-    warmup = args.warmup_steps
-    warmup = math.ceil(warmup * num_training_steps) if 0 < warmup < 1 else int(warmup)
-    return optimizer, get_scheduler(args.lr_scheduler_type, optimizer, warmup, num_training_steps)

@@ -30,7 +30,6 @@ from recipes.common.optimizers import (
     OptimizerArguments,
     RecipeArguments,
     build_optimizer,
-    build_optimizer_and_scheduler,
     trainer_optimizer,
 )
 from recipes.common.provenance import run_record
@@ -266,19 +265,6 @@ def test_bare_loop_default_is_in_adamw_units() -> None:
     assert isinstance(optimizer, SGDSaI)
     default = SGDSaI(nn.Linear(2, 2).parameters(), lr=3e-4).defaults
     assert [optimizer.defaults[key] for key in ("scaling", "lr")] == [default["scaling"], 3e-4]
-
-
-@pytest.mark.parametrize("warmup", [5, 0.1])
-def test_schedule_warms_up_and_ends_at_zero(warmup: float) -> None:
-    args = OptimizerArguments(learning_rate=1.0, optim="sgdm", warmup_steps=warmup)
-    optimizer, schedule = build_optimizer_and_scheduler(nn.Linear(2, 2), args, 50)
-    rates = []
-    for _ in range(50):
-        rates.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
-    assert rates[:6] == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
-    assert schedule.get_last_lr()[0] == 0.0
 
 
 # ---------------------------------------------------------------- measuring
