@@ -103,7 +103,7 @@ def kwargs_from_args(args: TrainingArguments) -> dict[str, Any]:
 
 
 def _check_args(args: Any) -> None:
-    if not isinstance(args, TrainingArguments):
+    if not all(hasattr(args, name) for name in ("learning_rate", "weight_decay", "optim_args")):
         raise ValueError(
             f"args must be transformers.TrainingArguments, got {type(args).__name__}; "
             "without them use hf_sai.param_groups and hf_sai.SGDSaI"
