@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import functools
 import importlib
 import itertools
@@ -39,7 +40,7 @@ import torch
 
 from recipes.common.config import read_yaml
 from recipes.common.errors import UserError, did_you_mean
-from recipes.common.files import write_json
+from recipes.common.files import write_json, write_text
 from recipes.common.interrupt import resumable, worker_start
 from recipes.common.optimizers import ADAM, meaning
 from recipes.common.provenance import DATA, ORIGIN, PLACES, data_digests, defaults, digest, origins, plain, sealed
@@ -48,7 +49,7 @@ from recipes.sweep.report import best_points, draw, over_seeds, read_results, sh
 
 # The jobs, and where in the record of one the figure is that decides.
 JOBS = {"pretrain": "final.eval_loss", "e2e": "eval_loss", "images": "final.eval_top1", "lstm": "final.eval_loss"}
-_FINAL = {"options", "seeds", "records"}
+_FINAL = {"options", "seeds", "texts"}
 
 
 @dataclass
@@ -56,8 +57,9 @@ class Sweep:
     """The contents of a sweep's file.
 
     Attributes:
-        final: `options` and `seeds` of the runs at length, and with `records: true` their whole records, first seed
-            only, go to the results too, for `compare.py`.
+        runs: name -> `options`, `grid`, and the `seeds` of its runs at length where these are not those of `final`.
+        final: `options` and `seeds` of the runs at length. Of the optimizers in `texts` the generated texts of the
+            first seed go beside the results, one a line, as `hf-sai score` reads them.
         metric: where in a run's record the figure is that decides, with dots; the recipe's own by default. Names that
             end in `accuracy`, `top1` or `top5` are better when larger, all others when smaller.
     """
@@ -99,15 +101,18 @@ class Sweep:
         if not isinstance(self.seeds, list) or not self.seeds:
             raise UserError(f"{path}: seeds must be a list of whole numbers, got {self.seeds!r}")
         for name, run in self.runs.items():
-            if not isinstance(run, dict) or (unknown := set(run) - {"options", "grid"}):
+            if not isinstance(run, dict) or (unknown := set(run) - {"options", "grid", "seeds"}):
                 what = f"unknown {', '.join(sorted(unknown))}" if isinstance(run, dict) else repr(run)
-                raise UserError(f"{path}: runs: {name} must have `options` and `grid`, got {what}")
+                raise UserError(f"{path}: runs: {name} must have `options`, `grid` and `seeds`, got {what}")
         for where, grid in [("grid", self.grid), *((f"runs: {k}: grid", r.get("grid")) for k, r in self.runs.items())]:
             for option, values in (grid or {}).items():
                 if not isinstance(values, list) or not values:
                     raise UserError(f"{path}: {where}: {option} must be a list of values, got {values!r}")
         if self.final is not None and (not isinstance(self.final, dict) or set(self.final) - _FINAL):
             raise UserError(f"{path}: final must have only {', '.join(sorted(_FINAL))}, got {self.final!r}")
+        for name in (self.final or {}).get("texts") or ():
+            if name not in self.runs:
+                raise UserError(f"{path}: final: texts must name some of {', '.join(self.runs)}, got {name!r}")
 
 
 @dataclass
@@ -192,10 +197,10 @@ def _run(sweep: Sweep, name: str, point: dict[str, Any], seed: int, more: Mappin
 
 
 def finals(sweep: Sweep, rows: list[dict[str, Any]]) -> list[Run]:
-    """The runs at length: the best point of each optimizer, every seed of `final`."""
+    """The runs at length: the best point of each optimizer with its seeds, the first seed of all of them first."""
     if sweep.final is None:
         return []
-    more, seeds = sweep.final.get("options") or {}, sweep.final.get("seeds") or sweep.seeds
+    more = sweep.final.get("options") or {}
     best = best_points(rows, sweep.metric)
     # As the file writes it: a run of the grid that has the same options and seed is not done again.
     points = {
@@ -204,7 +209,12 @@ def finals(sweep: Sweep, rows: list[dict[str, Any]]) -> list[Run]:
         )
         for name in best
     }
-    return [_run(sweep, name, points[name], seed, more) for name in best for seed in seeds]
+    shared = sweep.final.get("seeds") or sweep.seeds
+    by_name = [
+        [_run(sweep, name, points[name], seed, more) for seed in sweep.runs[name].get("seeds") or shared]
+        for name in best
+    ]
+    return [run for row in itertools.zip_longest(*by_name) for run in row if run is not None]
 
 
 # --- doing the runs --------------------------------------------------------------------------------------------------
@@ -360,10 +370,13 @@ def report(sweep: Sweep, file: str) -> dict[str, Any]:
         "final_options": (sweep.final or {}).get("options") or {},
     }
     results = Path(sweep.results)
-    for run in runs:
-        if (sweep.final or {}).get("records") and run.seed == runs[0].seed and (run.folder / "record.json").exists():
-            whole = json.loads((run.folder / "record.json").read_text(encoding="utf-8"))
-            write_json(results.with_name(f"{results.name}_{run.name}.json"), whole)
+    for name in (sweep.final or {}).get("texts") or ():
+        first = next((run for run in runs if run.name == name), None)
+        if first is not None and (first.folder / "predictions.tsv").exists():
+            with open(first.folder / "predictions.tsv", encoding="utf-8", newline="") as file:
+                texts = [row["output"] for row in csv.DictReader(file, delimiter="\t")]
+            path = results.with_name(f"{results.name}_{name.replace(' ', '_')}.txt")
+            write_text(path, "".join(f"{text}\n" for text in texts))
     write_json(results.with_suffix(".json"), content)
     draw(content, results.with_suffix(".png"))
     return content

@@ -18,9 +18,11 @@ import yaml
 from hf_sai import SGDSaI
 from recipes.common import optimizers, provenance
 from recipes.common.config import parse_config
+from recipes.common.e2e_data import Group
 from recipes.common.errors import UserError
-from recipes.common.files import finite, write_json
+from recipes.common.files import finite, write_json, write_text
 from recipes.common.records import machine, versions
+from recipes.e2e.train import predictions_table
 from recipes.pretrain.train import ModelArguments, PretrainArguments
 from recipes.sweep import report as report_module
 from recipes.sweep import run as engine
@@ -108,6 +110,10 @@ def made(tmp_path, monkeypatch):
         record = {"final": {"eval_loss": loss}, "diverged": rate >= 1, "steps": run.options["max_steps"]}
         record |= {"optimizer_state_bytes": 8, "speed": {"step_ms": 1.5}, "data_digests": run.settings["data"]}
         origin = {"commit": "c" * 40, "clean": True, "machine": machine(), "versions": versions(), "device": "a CPU"}
+        texts = predictions_table(
+            [Group("name[A]", []), Group("name[B]", [])], [f'A "fine" place, seed {run.seed}.', ""]
+        )
+        write_text(run.folder / "predictions.tsv", texts)
         write_json(run.folder / "record.json", record | origin)
         return None
 
@@ -137,13 +143,13 @@ def made(tmp_path, monkeypatch):
 
 
 def test_sweep_goes_on_where_it_stopped_and_repeats_the_best_at_length(tmp_path, made, monkeypatch, capsys):
-    sweep = read(tmp_path, final={"options": {"max_steps": 9}, "seeds": [0, 1], "records": True})
+    sweep = read(tmp_path, final={"options": {"max_steps": 9}, "seeds": [0, 1], "texts": ["ours"]})
     monkeypatch.setattr("sys.argv", ["sweep.py", str(tmp_path / "s.yaml")])
     with pytest.raises(UserError, match=r"1 runs failed, see run.log in .*: theirs_0.5_seed0"):
         engine.main()
     assert made == [
         *("ours_1e-3_seed0", "theirs_0.5_seed0", "ours_1e-2_seed0", "theirs_1.0_seed0", "ours_1e-1_seed0"),
-        *("ours_1e-2_seed0_final", "ours_1e-2_seed1_final", "theirs_1.0_seed0_final", "theirs_1.0_seed1_final"),
+        *("ours_1e-2_seed0_final", "theirs_1.0_seed0_final", "ours_1e-2_seed1_final", "theirs_1.0_seed1_final"),
     ]
     found = json.loads((tmp_path / "results" / "name.json").read_text())
     assert found["best"]["ours"] == {"point": {"learning_rate": 0.01}, "value": 3.0, "at_edge": []}
@@ -152,10 +158,11 @@ def test_sweep_goes_on_where_it_stopped_and_repeats_the_best_at_length(tmp_path,
     assert found["over_seeds"]["ours"] == {"seeds": 2, "mean": 3.5, "min": 3.0, "max": 4.0}
     assert found["over_seeds"]["theirs"] == {"seeds": 2, "mean": None, "min": None, "max": None}
     assert [(r["run"], r["seed"], r["steps"], r["value"]) for r in found["finals"]] == [
-        *(("ours", 0, 9, 3.0), ("ours", 1, 9, 4.0), ("theirs", 0, 9, None), ("theirs", 1, 9, None)),
+        *(("ours", 0, 9, 3.0), ("theirs", 0, 9, None), ("ours", 1, 9, 4.0), ("theirs", 1, 9, None)),
     ]
     assert (tmp_path / "results" / "name.png").stat().st_size > 1000
-    assert json.loads((tmp_path / "results" / "name_ours.json").read_text())["steps"] == 9
+    assert (tmp_path / "results" / "name_ours.txt").read_text() == 'A "fine" place, seed 0.\n\n'
+    assert not (tmp_path / "results" / "name_theirs.txt").exists()
     out = capsys.readouterr().out
     assert "best ours                 {'learning_rate': 0.01} 3.0000; 2 seeds: 3.5000 (3.0000 to 4.0000)\n" in out
     assert "best theirs               {'learning_rate': 1.0} inf; 2 seeds: diverged\n" in out
@@ -164,7 +171,7 @@ def test_sweep_goes_on_where_it_stopped_and_repeats_the_best_at_length(tmp_path,
     with pytest.raises(UserError, match="1 runs failed"):
         engine.main()
     assert made == ["theirs_0.5_seed0"]  # every record is there; only what failed is tried again
-    assert [run.seed for run in finals(sweep, found["runs"])] == [0, 1, 0, 1]
+    assert [run.seed for run in finals(sweep, found["runs"])] == [0, 0, 1, 1]
 
     made.clear()
     shutil.rmtree(tmp_path / "out")  # another machine, where only the results are
@@ -342,9 +349,10 @@ def test_heat_map_and_pareto_figures_are_drawn(tmp_path, made):
         ({"processes": 0}, r"processes must be a whole number of at least 1, got 0"),
         ({"seeds": 3}, r"seeds must be a list of whole numbers, got 3"),
         ({"grid": {"learning_rate": 0.1}}, r"grid: learning_rate must be a list of values, got 0.1"),
-        ({"runs": {"a": {"optim": "sgdm"}}}, r"runs: a must have `options` and `grid`, got unknown optim"),
+        ({"runs": {"a": {"optim": "sgdm"}}}, r"runs: a must have `options`, `grid` and `seeds`, got unknown optim"),
         ({"runs": {"a": {"grid": {"lr": []}}}}, r"runs: a: grid: lr must be a list of values, got \[\]"),
-        ({"final": {"seed": 1}}, r"final must have only options, records, seeds, got"),
+        ({"final": {"seed": 1}}, r"final must have only options, seeds, texts, got"),
+        ({"final": {"texts": ["mine"]}}, r"final: texts must name some of ours, theirs, got 'mine'"),
     ],
 )
 def test_sweep_file_is_checked(tmp_path, change, message):
