@@ -22,22 +22,37 @@ from hf_sai import SGDSaI, calibration
 from hf_sai.from_args import sgd_sai_from_args
 from hf_sai.optim_args import normalize_optim_args, parse_optim_args
 from recipes.common.errors import UserError, did_you_mean
+from recipes.common.partitioned import Partitioned
 from recipes.common.run_folder import HELP as RESUME_HELP
 from recipes.common.run_folder import OVERWRITE_HELP
 
 logger = logging.getLogger(__name__)
 
 # The names a recipe's `optim` takes besides transformers' own.
-OWN_OPTIMIZERS = ("sgd_sai", "sgd_sai_authors", "sgdm", "adam_mini", "prodigy", "muon", "scaled_adamw", "scaled_sgd")
+OWN_OPTIMIZERS = (
+    "sgd_sai",
+    "sgd_sai_authors",
+    "sgdm",
+    "adam_mini",
+    "prodigy",
+    "muon",
+    "scaled_adamw",
+    "scaled_sgd",
+    "partitioned",
+)
 
 # Short names of transformers' own.
 _SHORT_NAMES = {"adamw": "adamw_torch", "adamw8bit": "adamw_8bit"}
 
 # What a rival gets that no option of a recipe says.
-FIXED: dict[str, dict[str, Any]] = {"sgdm": {"momentum": 0.9}, "muon": {"adjust_lr_fn": "match_rms_adamw"}}
+FIXED: dict[str, dict[str, Any]] = {
+    "sgdm": {"momentum": 0.9},
+    "muon": {"adjust_lr_fn": "match_rms_adamw"},
+    "partitioned": {"momentum": 0.9, "window": 60, "bound": 30.0},
+}
 # The options of Adam, and the optimizers that have no use for them.
 ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
-_WITHOUT_ADAM = ("sgdm", "scaled_sgd", "sgd_sai_authors", "sgd", "adafactor")
+_WITHOUT_ADAM = ("sgdm", "scaled_sgd", "sgd_sai_authors", "sgd", "adafactor", "partitioned")
 
 
 def check_optimizer_name(name: str) -> str | OptimizerNames:
@@ -152,7 +167,7 @@ class OptimizerArguments:
 def _own_optim_args(cls: Callable[..., Any], text: str | None, extra: Iterable[str] = ()) -> dict[str, Any]:
     """`momentum=0.95,nesterov=true` as keyword arguments of `cls`, each a Python literal or a word."""
     # the learning rate and the weight decay are settings of their own
-    valid = {*inspect.signature(cls).parameters, *extra} - {"params", "named_parameters", "lr", "weight_decay"}
+    valid = {*inspect.signature(cls).parameters, *extra} - {"params", "named_parameters", "model", "lr", "weight_decay"}
     parsed: dict[str, Any] = {}
     for pair in filter(None, (text or "").replace(" ", "").split(",")):
         key, separator, value = pair.partition("=")
@@ -193,7 +208,10 @@ def _class_and_kwargs(args: Any, model: nn.Module) -> tuple[type[Optimizer], dic
 
 
 def _from_model(model: nn.Module, args: Any) -> Optimizer:
-    """Optimizers that need the parameters' names or LoRA's pairs: adam_mini, muon, scaled_adamw, scaled_sgd."""
+    """Optimizers that need the model: adam_mini, muon, partitioned, scaled_adamw, scaled_sgd."""
+    if args.optim == "partitioned":
+        given = FIXED["partitioned"] | _own_optim_args(Partitioned, args.optim_args, extra=())
+        return Partitioned(model, args.learning_rate, args.weight_decay, **given)
     adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     if args.optim == "muon":
         return _muon(model, args, adam)
