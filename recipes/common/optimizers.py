@@ -8,6 +8,7 @@ import ast
 import importlib
 import inspect
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -242,15 +243,19 @@ def _from_model(model: nn.Module, args: Any) -> Optimizer:
     )
 
 
+_QUERY_OR_KEY = re.compile(r"[qk]_proj|w[qk]|query|key")
+
+
 def _adam_mini_name(name: str, parameter: nn.Parameter) -> str:
     """The name that Adam-mini is given, from which it chooses a parameter's blocks.
 
     It takes whatever is called an embedding for a matrix with a row for each token, and fails on a ViT's class token,
     positions and patch filters, and on a norm among a ResNet's embeddings. All that is no matrix gets the rule it has
     for the rest, one rate for the tensor, by a name that holds none of its words; a bias stays one, and what is a
-    vector is called a norm, so that it does not decay.
+    vector is called a norm, so that it does not decay. It cuts queries and keys into heads, which fails on LoRA's
+    matrices: they get one rate for the tensor, too.
     """
-    if parameter.ndim == 2:
+    if parameter.ndim == 2 and not ("lora_" in name and _QUERY_OR_KEY.search(name)):
         return name
     return "bias" if "bias" in name else "norm" if parameter.ndim < 2 else "block"
 

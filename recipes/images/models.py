@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForImageClassification, PreTrained
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from recipes.common.errors import UserError, did_you_mean
+from recipes.images.cells import CELLS, CellConfig
 
 # Name -> transformers' model type and what differs from its defaults.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -68,15 +69,19 @@ SMALL_IMAGE = 64  # pixels; below it a ResNet starts with one 3x3 convolution an
 class ImageModelArguments:
     """The model."""
 
-    model: str = field(default="vit_s16", metadata={"help": f"One of {', '.join(MODELS)}."})
+    model: str = field(
+        default="vit_s16", metadata={"help": f"One of {', '.join(MODELS)}, or cell_N (recipes/images/cells.py)."}
+    )
     model_options: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Fields of transformers' configuration, as JSON, instead of the model's."}
     )
 
     def __post_init__(self) -> None:
-        if self.model not in MODELS:
+        if self.model not in MODELS and _cell(self.model) is None:
             near = did_you_mean(self.model, MODELS)
-            raise UserError(f"model must be one of {', '.join(MODELS)}, got {self.model!r}{near}")
+            raise UserError(
+                f"model must be one of {', '.join(MODELS)}, or cell_N with N below {CELLS}, got {self.model!r}{near}"
+            )
         if isinstance(self.model_options, str):
             try:
                 self.model_options = json.loads(self.model_options)
@@ -84,6 +89,12 @@ class ImageModelArguments:
                 raise UserError(f"model_options must be JSON, got {self.model_options!r} ({error})") from error
         if not isinstance(self.model_options, dict | None):
             raise UserError(f"model_options must map names to values, got {self.model_options!r}")
+
+
+def _cell(name: str) -> int | None:
+    """The number in `cell_N`; None for another name and for a number that no cell has."""
+    word, _, number = name.partition("_")
+    return int(number) if word == "cell" and number.isdecimal() and int(number) < CELLS else None
 
 
 class SmallImageResNet(ResNetForImageClassification):
@@ -115,7 +126,7 @@ def build_model(options: ImageModelArguments, image_size: int, channels: int, cl
         UserError: an option that the model's configuration does not have or cannot take, an image size that it
             cannot cut into patches.
     """
-    kind, chosen = MODELS[options.model]
+    kind, chosen = MODELS.get(options.model) or (CellConfig.model_type, {"cell": _cell(options.model)})
     default = CONFIG_MAPPING[kind]()
     given: Any = options.model_options or {}
     for key in given:

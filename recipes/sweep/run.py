@@ -373,8 +373,8 @@ def report(sweep: Sweep, file: str) -> dict[str, Any]:
     for name in (sweep.final or {}).get("texts") or ():
         first = next((run for run in runs if run.name == name), None)
         if first is not None and (first.folder / "predictions.tsv").exists():
-            with open(first.folder / "predictions.tsv", encoding="utf-8", newline="") as file:
-                texts = [row["output"] for row in csv.DictReader(file, delimiter="\t")]
+            with open(first.folder / "predictions.tsv", encoding="utf-8", newline="") as predictions:
+                texts = [row["output"] for row in csv.DictReader(predictions, delimiter="\t")]
             path = results.with_name(f"{results.name}_{name.replace(' ', '_')}.txt")
             write_text(path, "".join(f"{text}\n" for text in texts))
     write_json(results.with_suffix(".json"), content)
