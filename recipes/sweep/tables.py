@@ -220,8 +220,8 @@ def sharded_memory(record: Mapping[str, Any]) -> str:
     header += ["sum, AdamW", "SGD-SaI", "temporary, AdamW", "SGD-SaI"]
     return (
         f"{markdown(header, rows)}\n\nLlama-2's shapes under FSDP2, parameters and gradients in "
-        f"{record['config']['dtype']}. *Sum*: of these. *Temporary*: the most that the operations of a step hold besides, "
-        f"with `foreach=True`. torch {record['versions']['torch']}. `{record['command']}`"
+        f"{record['config']['dtype']}. *Sum*: of these. *Temporary*: the most that the operations of a step hold "
+        f"besides, with `foreach=True`. torch {record['versions']['torch']}. `{record['command']}`"
     )
 
 
