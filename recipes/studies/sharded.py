@@ -11,6 +11,7 @@ of torch, so SGD-SaI's fused path is not counted; its collectives and its state 
 from recipes.common.start import run_main
 
 import argparse
+import gc
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -209,7 +210,7 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def adamw_steps(model: torch.nn.Module) -> tuple[torch.optim.Optimizer, dict[str, Any], int]:
     """AdamW, the counts of its steps by kind, and the bytes of what it holds on the device."""
     optimizer, counter = torch.optim.AdamW(model.parameters(), lr=1e-5, foreach=True), Counter()
-    steps = {"first": _first(optimizer, counter), "ordinary": _step(optimizer, counter)}
+    steps = {"first": _first(optimizer, counter), "ordinary": count_step(optimizer, counter)}
     return optimizer, steps, counter.live
 
 
@@ -219,27 +220,29 @@ def sgd_sai_steps(model: torch.nn.Module) -> tuple[torch.optim.Optimizer, dict[s
     Steps 1 and 2 are counted. Then the state says that the window is over, as that of a resumed run does.
     """
     optimizer, counter = SGDSaI(param_groups(model), lr=1e-5, foreach=True), Counter()
-    steps = {"first": _first(optimizer, counter), "calibration": _step(optimizer, counter)}
+    steps = {"first": _first(optimizer, counter), "calibration": count_step(optimizer, counter)}
     held = counter.live
     for state in optimizer.state.values():
         state["calibration_step"].fill_(WINDOW)
     for group in optimizer.param_groups:
         group["step"] = WINDOW
     optimizer.load_state_dict(optimizer.state_dict())
-    _step(optimizer, counter)  # makes the batches of the loaded state
-    steps["ordinary"] = _step(optimizer, counter)
+    count_step(optimizer, counter)  # makes the batches of the loaded state
+    steps["ordinary"] = count_step(optimizer, counter)
     for group in optimizer.param_groups:
         group["step"] = WINDOW + INTERVAL - 1
-    steps["measuring"] = _step(optimizer, counter)
+    steps["measuring"] = count_step(optimizer, counter)
     return optimizer, steps, held
 
 
 def _first(optimizer: torch.optim.Optimizer, counter: Counter) -> dict[str, Any]:
     """Collectives only: in the first step DTensor also tries its operations on shapes, which no device does."""
-    return {"collectives": _step(optimizer, counter)["collectives"]}
+    return {"collectives": count_step(optimizer, counter)["collectives"]}
 
 
-def _step(optimizer: torch.optim.Optimizer, counter: Counter) -> dict[str, Any]:
+def count_step(optimizer: torch.optim.Optimizer, counter: Counter) -> dict[str, Any]:
+    """The counts of one step. What earlier steps have left in reference cycles is gone before it starts."""
+    gc.collect()
     counter.start()
     with counter:
         optimizer.step()

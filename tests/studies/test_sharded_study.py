@@ -105,12 +105,7 @@ def test_the_steps_that_the_study_skips() -> None:
     with sharded.fake_processes(2) as mesh:
         model = sharded.sharded_model(tiny(), mesh, torch.float32)
         optimizer, counter = SGDSaI(param_groups(model), lr=1e-5, foreach=True), sharded.Counter()
-        steps = []
-        for _ in range(WINDOW + INTERVAL + 2):
-            counter.start()
-            with counter:
-                optimizer.step()
-            steps.append(counter.counts())
+        steps = [sharded.count_step(optimizer, counter) for _ in range(WINDOW + INTERVAL + 2)]
     study = {row["optimizer"]: row for row in sharded.count(tiny(), 2, torch.float32)}["SGD-SaI"]["steps"]
     assert steps[0]["collectives"] == study["first"]["collectives"]
     assert [step["collectives"] for step in steps[1:WINDOW]] == [study["calibration"]["collectives"]] * (WINDOW - 1)
