@@ -101,18 +101,28 @@ def test_one_device_has_the_state_of_real_tensors_that_are_not_sharded() -> None
 
 
 def test_the_steps_that_the_study_skips() -> None:
-    """A run of a whole window and the next 12 steps has the same counts as the steps that the study takes for them."""
+    """A run of a whole window and the next 11 steps has the same counts as the steps that the study takes for them."""
+    measuring = WINDOW + INTERVAL - 1
     with sharded.fake_processes(2) as mesh:
         model = sharded.sharded_model(tiny(), mesh, torch.float32)
         optimizer, counter = SGDSaI(param_groups(model), lr=1e-5, foreach=True), sharded.Counter()
-        steps = [sharded.count_step(optimizer, counter) for _ in range(WINDOW + INTERVAL + 2)]
+        steps = []
+        for i in range(WINDOW + INTERVAL + 1):
+            if i in (1, WINDOW, measuring):
+                steps.append(sharded.count_step(optimizer, counter))
+                continue
+            counter.start()
+            with counter:
+                optimizer.step()
+            steps.append({"collectives": counter.collectives})
     study = {row["optimizer"]: row for row in sharded.count(tiny(), 2, torch.float32)}["SGD-SaI"]["steps"]
     assert steps[0]["collectives"] == study["first"]["collectives"]
     assert [step["collectives"] for step in steps[1:WINDOW]] == [study["calibration"]["collectives"]] * (WINDOW - 1)
+    assert [step["collectives"] for step in steps[WINDOW:measuring]] == [{}] * (INTERVAL - 1)
+    assert steps[measuring + 1]["collectives"] == {}
     assert steps[1] == study["calibration"]
-    measuring = WINDOW + INTERVAL - 1
+    assert steps[WINDOW] == study["ordinary"]
     assert steps[measuring] == study["measuring"]
-    assert [steps[i] for i in range(WINDOW, len(steps)) if i != measuring] == [study["ordinary"]] * (INTERVAL + 1)
 
 
 def test_the_study_writes_a_sealed_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
