@@ -178,7 +178,7 @@ def _sum_of_squares(x: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Ten
     """Sums of x^2 over ``dims``, which are kept with size 1."""
     if not dims:
         return x.to(dtype).square()
-    if x.is_cuda or dims[-1] == x.dim() - 1:
+    if not x.is_cpu or dims[-1] == x.dim() - 1:
         norm: Tensor = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=dtype)
         return norm.square()
     # On a CPU a norm over columns is fifty times slower than a sum of them.

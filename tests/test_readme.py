@@ -13,8 +13,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from hf_sai import SGDSaI
 from hf_sai.bench.state_bytes import optimizer_state_bytes
 from recipes.common.errors import UserError
+from recipes.common.provenance import sealed
 from recipes.sweep import tables
-from recipes.sweep.tables import rates, rewritten, speed, sweep, versus
+from recipes.sweep.tables import rates, rewritten, sharded_memory, sharded_steps, speed, sweep, versus
 
 ROOT = Path(__file__).parent.parent
 PAGES = tables.pages()
@@ -47,7 +48,7 @@ def test_a_changed_number_is_noticed(block: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("speeed bench", r"table: speeed bench: speeed must be one of sweep, rates, versus, gsnr, speed"),
+        ("speeed bench", r"table: speeed bench: speeed must be one of sweep, rates, versus, .*, sharded_memory, "),
         ("sweep nothing", r"table: sweep nothing: sweep needs nothing\.json"),
     ],
 )
@@ -153,6 +154,35 @@ def test_the_table_of_a_benchmark() -> None:
         "",
         "Median of 20 steps or fewer, 2 threads; a CPU, torch 2.13.",
     ]
+
+
+def test_the_tables_of_a_sharded_model() -> None:
+    """AdamW beside SGD-SaI; the largest temporary of any step; a record that was edited is refused."""
+
+    def step(peak: int, **collectives: dict[str, int]) -> dict[str, Any]:
+        return {"collectives": collectives, "read_bytes": peak, "written_bytes": 10**9, "peak_bytes": peak}
+
+    def one(optimizer: str, state: int, beside: int, steps: dict[str, Any]) -> dict[str, Any]:
+        sizes = {"parameter_bytes": 2 * 10**9, "gradient_bytes": 10**9}
+        sizes |= {"state_bytes": state, "beside_state_bytes": beside}
+        return {"model": "7b", "devices": 8, "optimizer": optimizer, **sizes, "steps": steps}
+
+    reduced = {"number": 2, "bytes": 1_500_000}
+    first = {"collectives": {"allreduce_": reduced}}
+    ours = {"first": first, "calibration": step(3 * 10**9, allreduce_=reduced), "ordinary": step(10**9)}
+    ours["measuring"] = step(10**9, allreduce_=reduced)
+    theirs = {"first": {"collectives": {}}, "ordinary": step(2 * 10**9)}
+    rows = [one("AdamW", 4 * 10**9, 0, theirs), one("SGD-SaI", 2 * 10**9, 10**9, ours)]
+    config, versions = {"dtype": "float32"}, {"torch": "2.13"}
+    record = sealed({"recipe": "s", "command": "c", "config": config, "versions": versions, "rows": rows})
+    memory = "| 7B on 8 | 3.00 | 4.00 | 3.00 | 0.750 | 7.00 | 6.00 | 2.00 | 3.00 |"
+    assert sharded_memory(record).splitlines()[2] == memory
+    cell = "2 (1.50 MB)"
+    steps = f"| 7B on 8 | none | none | {cell} | {cell} | {cell} | 3.0 | 2.0 | 4.0 |"
+    assert sharded_steps(record).splitlines()[2] == steps
+    assert "collectives: allreduce_. float32, torch 2.13. `c`" in sharded_steps(record)
+    with pytest.raises(UserError, match="the record of 's' was edited: its digest differs; make it again"):
+        sharded_memory(record | {"command": "d"})
 
 
 # ---------------------------------------------------------------- what they name

@@ -20,6 +20,7 @@ from hf_sai.commands.gsnr import ratios_of
 from recipes.common.config import find_config
 from recipes.common.errors import UserError
 from recipes.common.files import write_text
+from recipes.common.provenance import sealed
 from recipes.sweep.report import larger_is_better, read_results
 
 ROOT = Path(__file__).parents[2]
@@ -188,7 +189,77 @@ def versus(*records: Mapping[str, Any]) -> str:
     )
 
 
-TABLES: dict[str, Callable[..., str]] = {"sweep": sweep, "rates": rates, "versus": versus, "gsnr": gsnr, "speed": speed}
+def _sharded(record: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
+    """A title, AdamW's row and SGD-SaI's, for each model and number of devices of `recipes.studies.sharded`."""
+    if sealed(record)["digest"] != record.get("digest"):
+        raise UserError(f"the record of {record['recipe']!r} was edited: its digest differs; make it again")
+    found: dict[tuple[str, int], dict[str, Mapping[str, Any]]] = {}
+    for row in record["rows"]:
+        found.setdefault((row["model"], row["devices"]), {})[row["optimizer"]] = row
+    return [(f"{model.upper()} on {devices}", own["AdamW"], own["SGD-SaI"]) for (model, devices), own in found.items()]
+
+
+def sharded_memory(record: Mapping[str, Any]) -> str:
+    """What a device holds of a model, a row for each size and number of devices: AdamW beside SGD-SaI."""
+    rows = []
+    for title, *both in _sharded(record):
+        model = [row["parameter_bytes"] + row["gradient_bytes"] for row in both]
+        state = [row["state_bytes"] + row["beside_state_bytes"] for row in both]
+        peak = [max(step.get("peak_bytes", 0) for step in row["steps"].values()) for row in both]
+        rows.append(
+            [
+                title,
+                f"{model[0] / 1e9:.2f}",
+                *(f"{size / 1e9:.2f}" for size in state),
+                f"{state[1] / state[0]:.3f}",
+                *(f"{sum(sizes) / 1e9:.2f}" for sizes in zip(model, state, strict=True)),
+                *(f"{size / 1e9:.2f}" for size in peak),
+            ]
+        )
+    header = ["GB on a device", "parameters, gradients", "state, AdamW", "SGD-SaI", "ratio"]
+    header += ["sum, AdamW", "SGD-SaI", "temporary, AdamW", "SGD-SaI"]
+    return (
+        f"{markdown(header, rows)}\n\nLlama-2's shapes under FSDP2, parameters and gradients in "
+        f"{record['config']['dtype']}. *Sum*: of these. *Temporary*: the most that the operations of a step hold "
+        f"besides, with `foreach=True`. torch {record['versions']['torch']}. `{record['command']}`"
+    )
+
+
+def sharded_steps(record: Mapping[str, Any]) -> str:
+    """Collectives of each kind of step, and the bytes that a step reads and writes: AdamW beside SGD-SaI."""
+
+    def collectives(step: Mapping[str, Any]) -> str:
+        counts = step["collectives"].values()
+        size = sum(own["bytes"] for own in counts)
+        return f"{sum(own['number'] for own in counts)} ({size / 1e6:.2f} MB)" if size else "none"
+
+    def moved(step: Mapping[str, Any]) -> str:
+        return f"{(step['read_bytes'] + step['written_bytes']) / 1e9:.1f}"
+
+    kinds = sorted({kind for row in record["rows"] for step in row["steps"].values() for kind in step["collectives"]})
+    rows = []
+    for title, adamw, sgd_sai in _sharded(record):
+        theirs, ours = adamw["steps"], sgd_sai["steps"]
+        each = [theirs["ordinary"], *(ours[kind] for kind in ("ordinary", "first", "calibration", "measuring"))]
+        traffic = [theirs["ordinary"], ours["ordinary"], ours["calibration"]]
+        rows.append([title, *map(collectives, each), *map(moved, traffic)])
+    header = ["", "collectives: AdamW", "SGD-SaI, ordinary", "first", "calibration", "measuring"]
+    header += ["read and written, GB: AdamW", "SGD-SaI, ordinary", "calibration"]
+    return (
+        f"{markdown(header, rows)}\n\nOf one device in one step, with `foreach=True`; collectives: {', '.join(kinds)}. "
+        f"{record['config']['dtype']}, torch {record['versions']['torch']}. `{record['command']}`"
+    )
+
+
+TABLES: dict[str, Callable[..., str]] = {
+    "sweep": sweep,
+    "rates": rates,
+    "versus": versus,
+    "gsnr": gsnr,
+    "speed": speed,
+    "sharded_memory": sharded_memory,
+    "sharded_steps": sharded_steps,
+}
 
 
 def _read(path: Path) -> Any:

@@ -1,0 +1,1 @@
+"""Questions about the optimizer that no training run answers."""
