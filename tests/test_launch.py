@@ -93,6 +93,7 @@ if __name__ == "__main__":
 
 # As on a cluster. LLaMA-Factory uses torchrun for several GPUs.
 JOB = """#!/bin/sh
+python -c "import worker; worker.work('code')" "$@" || exit
 python worker.py "$@" && torchrun --standalone --nproc_per_node 1 worker.py "$@" && exit 5
 """
 
@@ -168,9 +169,9 @@ def test_a_command_that_is_not_python_reaches_its_children(folder: Path) -> None
     (folder / "job.sh").chmod(0o755)
     done = run(sys.executable, "-m", "hf_sai.cli", "launch", "job.sh", "a b", "-m c", cwd=folder)
     assert done.returncode == 5, done.stderr[-3000:]
-    for name in ("python", "torchrun"):
+    for name in ("code", "python", "torchrun"):
         told = json.loads((folder / f"told-{name}.json").read_text())
-        assert told == ["hf_sai.optimizer", 0.5, ["a b", "-m c"], "__main__"]
+        assert told == ["hf_sai.optimizer", 0.5, ["a b", "-m c"], "worker" if name == "code" else "__main__"]
 
 
 @pytest.mark.slow
