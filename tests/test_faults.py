@@ -174,28 +174,6 @@ def test_a_load_or_a_copy_adds_no_key_to_a_group(renewed: Callable[[Any], SGDSaI
     assert renewed(once).param_groups[0].keys() == keys
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-def test_one_distributed_checkpoint_loads_twice_in_one_process(tmp_path: Any) -> None:
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-
-    model = make_model()
-    optimizer = SGDSaI(model.parameters())
-    train(model, optimizer, range(3))
-    dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=tmp_path / "saved")
-    other = make_model()
-    other.load_state_dict(model.state_dict())
-    resumed = SGDSaI(other.parameters(), lr=9.0)
-    for _ in range(2):
-        state = {"optimizer": get_optimizer_state_dict(other, resumed)}
-        dcp.load(state, checkpoint_id=tmp_path / "saved")
-        set_optimizer_state_dict(other, resumed, state["optimizer"])
-    train(model, optimizer, range(3, 5))
-    train(other, resumed, range(3, 5))
-    assert same([list(o.state_dict()["state"].values()) for o in (optimizer,)],
-                [list(o.state_dict()["state"].values()) for o in (resumed,)])  # fmt: skip
-
-
 @pytest.mark.parametrize("stochastic_rounding", [False, True])
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_asking_for_a_state_dict_changes_nothing(scaling: str, stochastic_rounding: bool) -> None:

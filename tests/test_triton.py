@@ -4,7 +4,6 @@ Whether Triton interprets is settled when it is imported: the tests of the inter
 which ``test_in_the_interpreter`` starts.
 """
 
-import itertools
 import os
 import re
 import subprocess
@@ -51,18 +50,20 @@ def both(before: Any, **changes: Any) -> None:
     assert_same(fused, plain, before, hyper)
 
 
+# Each pair of a parameter's, a gradient's and a momentum's dtype. Only bfloat16 is ever rounded stochastically.
+DTYPES_OF_A_BLOCK = [
+    (p, DTYPES[(i + k) % 3], m, stochastic)
+    for i, p in enumerate(DTYPES)
+    for k, m in enumerate((*MOMENTUM_DTYPES, torch.float16))
+    for stochastic in ((False, True) if torch.bfloat16 in (p, m) else (False,))
+]
+
+
 @interpreted
-@pytest.mark.parametrize("options", [{}, {"maximize": True, "lr": torch.tensor(0.01), "limit": None}])
-@pytest.mark.parametrize("stochastic", [False, True])
-@pytest.mark.parametrize(
-    ("p_dtype", "g_dtype", "m_dtype"),
-    list(itertools.product(DTYPES, DTYPES, (*MOMENTUM_DTYPES, torch.float16))),
-)
-def test_every_dtype(
-    p_dtype: torch.dtype, g_dtype: torch.dtype, m_dtype: torch.dtype | None, stochastic: bool, options: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize(("p_dtype", "g_dtype", "m_dtype", "stochastic"), DTYPES_OF_A_BLOCK)
+def test_every_dtype(p_dtype: torch.dtype, g_dtype: torch.dtype, m_dtype: torch.dtype | None, stochastic: bool) -> None:
     before = make_blocks(SHAPES, p_dtype, g_dtype, m_dtype, stochastic)
-    both(before, **options, stochastic_rounding=stochastic)
+    both(before, stochastic_rounding=stochastic)
 
 
 @interpreted
@@ -85,15 +86,14 @@ def test_the_channel_of_every_element(shape: tuple[int, ...], m_dtype: torch.dty
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("m_dtype", [torch.float32, torch.bfloat16, torch.int8, None])
-def test_a_million_elements(m_dtype: torch.dtype | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("dtype", "m_dtype"), [(torch.float32, torch.float32), (torch.bfloat16, torch.int8)])
+def test_a_million_elements(dtype: torch.dtype, m_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_sai.fused.PIECE", 8192)  # fewer, for the interpreter's sake
     both(make_blocks([(1000, 1000)], dtype, dtype, m_dtype, True), stochastic_rounding=True)
 
 
 @interpreted
-@pytest.mark.parametrize("blocks", [1, 2, 3, 64, 500])
+@pytest.mark.parametrize("blocks", [1, 64])
 def test_all_blocks_in_one_launch_each_with_its_own_scale(blocks: int) -> None:
     both(make_blocks([(1 + i % 7,) for i in range(blocks)]))
 

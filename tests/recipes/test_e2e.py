@@ -23,7 +23,7 @@ from recipes.common.errors import UserError
 from recipes.common.models import load_model
 from recipes.common.optimizers import RecipeArguments
 from recipes.e2e.toy_data import write_sample
-from recipes.e2e.train import E2EArguments, add_adapter, check_scoring, fine_tune, generate, score
+from recipes.e2e.train import E2EArguments, add_adapter, check_scoring, fine_tune, generate, run, score
 
 ROOT = Path(__file__).parents[2]
 
@@ -353,23 +353,24 @@ def test_two_processes_equal_one(folders: tuple[Path, Path], tmp_path: Path) -> 
         "label_smoothing_factor": 0.1,
         "use_cpu": True,
     }
-    records = {}
-    for processes, batch in ((1, 4), (2, 2)):
-        out = tmp_path / str(processes)
-        words = [f"--{key}={value}" for key, value in options.items()]
-        words += [f"--output_dir={out}", f"--per_device_train_batch_size={batch}", "--metrics", "bleu", "nist"]
-        words += [f"--per_device_eval_batch_size={batch}"]
-        script = ["-m", "recipes.e2e", *words]
-        launch = [sys.executable]
-        if processes == 2:
-            config = str(ROOT / "accelerate_configs" / "cpu.yaml")
-            launch += ["-m", "accelerate.commands.launch", "--config_file", config]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([*launch, *script], capture_output=True, text=True, env=environment, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("adapter, record and plots:") == 1
-        records[processes] = json.loads((out / "record.json").read_text())
-    one, two = records[1], records[2]
+    words = [*(f"--{key}={value}" for key, value in options.items()), "--metrics", "bleu", "nist"]
+
+    def sized(processes: int, batch: int) -> list[str]:
+        return [
+            f"--output_dir={tmp_path / str(processes)}",
+            f"--per_device_train_batch_size={batch}",
+            f"--per_device_eval_batch_size={batch}",
+            *words,
+        ]
+
+    one = run(sized(1, 4))
+    config = str(ROOT / "accelerate_configs" / "cpu.yaml")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "-m", "recipes.e2e"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *sized(2, 2)], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("adapter, record and plots:") == 1
+    two = json.loads((tmp_path / "2" / "record.json").read_text())
     assert (one["processes"], two["processes"]) == (1, 2)
     losses = [[log["loss"] for log in record["history"] if "loss" in log] for record in (one, two)]
     assert len(losses[0]) == 4

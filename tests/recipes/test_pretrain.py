@@ -315,12 +315,10 @@ def test_two_processes_are_one_with_twice_the_batch(config, tmp_path):
 
 
 @pytest.mark.skipif(not (DATA / "tinyshakespeare").is_dir(), reason="needs HF_SAI_DATA")
-def test_tiny_shakespeare_command(tmp_path):
-    command = [sys.executable, "-m", "recipes.pretrain", "tiny_shakespeare.yaml"]
+def test_tiny_shakespeare(tmp_path):
     shorter = ["--max_tokens", "61440", "--eval_steps", "15", "--max_eval_blocks", "32"]
     places = ["--train_files", str(DATA / "tinyshakespeare" / "input.txt"), "--cache_dir", str(tmp_path / "cache")]
-    command += [*shorter, *places, "--output_dir", str(tmp_path / "run")]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=800)
+    pretrain(["tiny_shakespeare.yaml", *shorter, *places, "--output_dir", str(tmp_path / "run")])
     record = record_of(tmp_path / "run")
     assert record["steps"] == 30
     assert record["final"]["eval_loss"] < math.log(2048) - 0.5  # well below the uniform distribution
