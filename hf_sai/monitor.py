@@ -123,8 +123,8 @@ def build_record(
         ``steps`` and ``blocks``. ``steps`` has the numbers of the optimizer steps that used the gradients, from 1. Each
         block has ``name``, ``kind``, ``layer``, ``shape``, ``numel`` and the calibrated ``gsnr`` and ``scale``
         (``None`` if it is not calibrated). It also has one value per step of ``gsnr_now`` and ``drift``. A value is
-        ``None`` for a step without a usable gradient. The drift is the scale that a re-calibration would give divided by the current
-        scale. Without SGDSaI, ``drift`` is ``None``. Numbers are rounded to six digits.
+        ``None`` for a step without a usable gradient. The drift is the scale that a re-calibration would give divided
+        by the current scale. Without SGDSaI, ``drift`` is ``None``. Numbers are rounded to six digits.
     """
     rows = {row["step"]: row for row in log_history if any(key.startswith(NOW) for key in row)}
     steps = sorted(rows)

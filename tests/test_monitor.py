@@ -211,5 +211,5 @@ def test_records_are_read_back_or_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=says):
             read_record(path)
     path.write_text(json.dumps({**content, "format": 9}))
-    with pytest.raises(ValueError, match="of format 1"):
+    with pytest.raises(ValueError, match="in format 1"):
         read_record(path)

@@ -48,7 +48,7 @@ def test_settings_that_differ_are_listed(start: Start, tmp_path: Path) -> None:
     wanted = (
         r"keeps the optimizer settings of its checkpoint, which differ from its arguments: "
         r"lr 0.01 \(0.02 in this run's arguments\), "
-        r"momentum 0.8 \(0.9 in.*\), weight_decay 0.1 \(0.3 in.*\), scaling (\w+) \(max in.*\)\. To train with new settings"
+        r"momentum 0.8 \(0.9 in.*\), weight_decay 0.1 \(0.3 in.*\), scaling (\w+) \(max in.*\)\. To train with new"
     )
     resumed = start(learning_rate=2e-2, weight_decay=0.3, optim_args={"scaling": "max"})
     with pytest.warns(UserWarning, match=wanted):
@@ -84,7 +84,7 @@ def test_a_stock_optimizer_of_sai_trainer_refuses_the_state_of_sgd_sai(
     with pytest.raises(ValueError, match="is from SGDSaI, not from SGD; resume with optim='sgd_sai', or start from"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     trainer(optim="sgd", weight_decay=0.1).train()
-    with pytest.warns(UserWarning, match=r"differ: weight_decay 0\.1 \(0\.2 in this run's arguments\)\."):
+    with pytest.warns(UserWarning, match=r"arguments: weight_decay 0\.1 \(0\.2 in this run's arguments\)\."):
         trainer(optim="sgd", weight_decay=0.2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 

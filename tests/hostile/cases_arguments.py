@@ -135,18 +135,18 @@ CASES: list[Case] = [
         "nothing whole to resume",
         no_whole_checkpoint,
         ValueError,
-        r"resume_from_checkpoint=True found no whole checkpoint in '.*run'",
+        r"resume_from_checkpoint=True found no complete checkpoint in '.*run'",
     ),
     Case(
         "resume without optimizer",
         checkpoint_without("optimizer.pt"),
         ValueError,
-        "checkpoint-2' holds no optimizer state; to continue from its weights alone load them with from_pretrained",
+        "checkpoint-2' contains no optimizer state; to continue from its weights only, load them with from_pre",
     ),
     Case(
         "resume without scheduler",
         checkpoint_without("scheduler.pt"),
         ValueError,
-        "checkpoint-2' holds no scheduler state; to continue from its weights alone",
+        "checkpoint-2' contains no scheduler state; to continue from its weights only",
     ),
 ]

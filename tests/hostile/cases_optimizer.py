@@ -123,7 +123,7 @@ STATE_DICTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a group without params": (lambda s: s["param_groups"][0].pop("params") and None, "param group 0 .* 'params'"),
     "a group that is none": (lambda s: s.update(param_groups=["x"]), "param group 0 of the state dict .*: 'x'"),
     "two groups for one": (lambda s: s["param_groups"].append({"params": []}), r"have \[2, 0\] .* optimizer \[2\]"),
-    "fewer blocks": (of_other(SGDSaI, (6,)), r"have \[1\] parameters, those of the optimizer \[2\]: it belongs to"),
+    "fewer blocks": (of_other(SGDSaI, (6,)), r"have \[1\] parameters, those of the optimizer \[2\]: the state dict"),
     "other shapes": (of_other(SGDSaI, (6,), (6, 2)), r"momentum_buffer of b must have .* \(2, 6\), .* has \(6, 2\)"),
     "of AdamW": (
         of_other(torch.optim.AdamW, (6,), (2, 6)),
@@ -133,14 +133,14 @@ STATE_DICTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         of_other(torch.optim.SGD, (6,), (2, 6)),
         "param group 0 of the state dict has no 'scaling': it is not from SGDSaI",
     ),
-    "gsnr missing": (lambda s: s["state"][0].pop("gsnr") and None, "the state of a has no 'gsnr': this is not a"),
+    "gsnr missing": (lambda s: s["state"][0].pop("gsnr") and None, "the state of a has no 'gsnr': it is not from"),
     "scale missing": (
         lambda s: s["state"][1].pop("scale").sum() and None,
-        "the state of b has no 'scale': this is not",
+        "the state of b has no 'scale': it is not from",
     ),
     "calibration_step missing": (
         lambda s: s["state"][0].pop("calibration_step") is None or None,
-        "the state of a has no 'calibration_step': this is not",
+        "the state of a has no 'calibration_step': it is not from",
     ),
     "scales of other channels": (first(scale=torch.ones(6)), r"scale of a must have the shape \(1,\), .* has \(6,\)"),
     "scales of an older version": (
@@ -257,5 +257,5 @@ CASES: list[Case] = [
         TypeError,
         "optimizer must be an SGDSaI, got AdamW; only SGDSaI measures g-SNR",
     ),
-    Case("a checkpoint over another", existing_folder, FileExistsError, "step-1 exists; give each checkpoint a diff"),
+    Case("a checkpoint over another", existing_folder, FileExistsError, "step-1 already exists; give each checkpoint"),
 ]
