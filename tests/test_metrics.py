@@ -193,7 +193,7 @@ def test_whitespace_of_any_kind_counts_as_one_space(gaps):
         (["a", "b \ud800"], [["a"], ["b"]], None, r"predictions\[1\] must be .*half of a surrogate pair \(U\+D800\)"),
         (None, [["a"]], None, "predictions must be a list of texts, got None"),
         ("a", [["a"]], None, "predictions must be a list of texts, got the text 'a'"),
-        (["a", "b"], [["a"], ["b", None]], None, r"references\[1\]\[1\] must be a text, got None; leave out"),
+        (["a", "b"], [["a"], ["b", None]], None, r"references\[1\]\[1\] must be a text, got None; remove"),
         (["a", "b"], [["a"], None], None, r"references\[1\] must be a list of texts, got None"),
         (["a", "b"], [["a"], ["\udc80"]], None, r"references\[1\]\[0\] must be .*half of a surrogate pair \(U\+DC80\)"),
     ],
