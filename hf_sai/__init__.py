@@ -1,7 +1,6 @@
-"""SGD-SaI for the Hugging Face stack: SGD with momentum, scaled per channel from its first gradients.
+"""SGD-SaI for the Hugging Face stack: SGD with momentum and a scale for each channel, measured on the first gradients.
 
-Importing this package loads torch and nothing heavier; whatever needs transformers, triton or matplotlib
-is imported when its name is first used.
+Importing this package loads only torch. A name that needs transformers, triton or matplotlib imports it on first use.
 """
 
 from importlib import import_module

@@ -1,7 +1,7 @@
-"""Blocks of one shape as one batch, so that LoRA's hundreds of small tensors take a few operations a step.
+"""Groups blocks of the same shape into batches, so that LoRA's hundreds of small tensors need few operations per step.
 
-A batch is a cache of a group's parameters and state. It is rebuilt when either has been replaced, and never affects
-the result. On a CPU the momentum and the scales of small blocks of one shape are views of two tensors of the batch.
+A batch is a cache of a group's parameters and state. It is rebuilt when either has been replaced, and it never affects
+the result. On a CPU, the momentum and the scales of small blocks of the same shape are views of two batch tensors.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,13 +16,13 @@ from hf_sai.channels import Channels, channel_index, channels, column_channels, 
 from hf_sai.kernels import Blocks
 from hf_sai.shards import Segment, is_sharded, reduction_groups, to_local
 
-# Entries of the state whose tensors the batches hold.
+# State entries whose tensors the batches refer to.
 _HELD = ("momentum_buffer", "momentum_scale", "scale", "column_scale", "rounding_step")
-# Elements of the largest block whose state is stacked.
+# The state of blocks with at most this number of elements is stacked.
 _SMALL = 1 << 16
-# Elements of the largest batch of several blocks.
+# The largest number of elements in a batch of several blocks.
 _STACK = 1 << 18
-# Elements handled at once where a temporary is needed on a CPU.
+# The number of elements that are processed at once on a CPU if a temporary is needed.
 _CPU_PIECE = 1 << 20
 
 State = dict[str, Any]
@@ -33,12 +33,12 @@ class Member:
 
     Attributes:
         param: the optimizer's parameter, or a segment of a flat one.
-        name: for messages.
+        name: the name for messages.
         state: its state.
-        index: of the parameter in its group.
-        count: usable gradients so far, capped: ``calibration_step`` on the host.
-        starts: whether its momentum begins with the next gradient.
-        seed: of its random bits.
+        index: the index of the parameter in its group.
+        count: the capped number of usable gradients so far, a copy of ``calibration_step`` on the host.
+        starts: whether its momentum starts with the next gradient.
+        seed: the seed of its random bits.
     """
 
     __slots__ = ("count", "index", "name", "param", "seed", "starts", "state")
@@ -53,14 +53,14 @@ class Batch:
     """Blocks of one shape, dtype and device.
 
     Attributes:
-        members: the blocks; more than one only where their state is stacked.
-        channels: how each of them falls into channels.
-        momentum: (members, *local shape), None where momentum is 0.
+        members: the blocks. There is more than one only if their state is stacked.
+        channels: the channels of each block.
+        momentum: (members, *local shape), or None if momentum is 0.
         scale: (members, *local shape of the scales), float32.
         counts: (members,) int64, their ``calibration_step``.
-        column_channels: the columns of matrices; None for other blocks.
-        column_scale: (members, *local shape of their scales), float32.
-        column_factor: as ``column_scale``, for the update: relative to the mean over the columns.
+        column_channels: the columns of matrices, or None for other blocks.
+        column_scale: (members, *local shape of the column scales), float32.
+        column_factor: ``column_scale`` relative to the mean over the columns, for the update.
     """
 
     def __init__(
@@ -81,19 +81,19 @@ class Batch:
             self.columns, self.rows = matrix_layout(to_local(first).shape, layout.dims)
 
     def add_columns(self, layout: Channels, column_scale: Tensor) -> None:
-        """Make the columns of the matrices channels, too."""
+        """Make the columns of the matrices channels as well."""
         self.column_channels, self.column_scale = layout, column_scale
         self.column_factor = torch.zeros_like(column_scale)
         self.refresh_columns()
 
     def refresh_columns(self) -> None:
-        """Make ``column_factor`` from the scales. Processes that hold other columns take part."""
+        """Compute ``column_factor`` from the scales. All processes that hold columns of a matrix must call this."""
         if self.column_scale is None or self.column_factor is None or self.column_channels is None:
             return
         scale, first = self.column_scale, self.members[0]
         squares = torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale)).square()
         total = squares.reshape(len(self.members), -1).sum(1)
-        if not isinstance(first.param, Segment):  # of a segment every process holds all columns
+        if not isinstance(first.param, Segment):  # every process holds all column scales of a segment
             for group, (_, device) in reduction_groups([first.param], [(1,)]).items():
                 own = total.to(device)
                 torch.distributed.all_reduce(own, group=group)
@@ -113,12 +113,12 @@ class Batch:
             self.counts.copy_(torch.tensor([m.count for m in self.members], device=self.counts.device))
 
     def is_uniform(self) -> bool:
-        """Whether all blocks are at the same count."""
+        """Whether all blocks have the same count."""
         first = self.members[0]
         return len(self.members) == 1 or all(m.count == first.count and m.starts == first.starts for m in self.members)
 
     def singles(self) -> "list[Batch]":
-        """The same blocks as batches of one."""
+        """The same blocks, each as a batch of one."""
         if self._singles is None:
             self._singles = [self] if len(self.members) == 1 else [self._single(i) for i in range(len(self.members))]
         return self._singles
@@ -132,7 +132,7 @@ class Batch:
         return single
 
     def blocks(self, grads: Sequence[Tensor]) -> Blocks:
-        """What an update path takes, for local gradients of all members."""
+        """The input of an update path, made from the local gradients of all members."""
         first = self.members[0]
         scale = self.scale
         if isinstance(first.param, Segment):
@@ -151,12 +151,12 @@ class Batch:
         )  # fmt: skip
 
     def mean_squares(self, grads: Sequence[Tensor | None], layout: Channels, scale: Tensor) -> Tensor:
-        """The mean of g^2 over each channel: this process's share of it, of the shape of ``scale``, float32 or float64.
+        """This process's share of the mean of g^2 over each channel, in the shape of ``scale``, float32 or float64.
 
         Args:
-            grads: local gradients; None stands for zeros, on a process that has none of a sharded block.
+            grads: local gradients. None means zeros, on a process without a gradient for a sharded block.
             layout: ``channels`` or ``column_channels``.
-            scale: the scales of these.
+            scale: the scales of these channels.
         """
         first, dims = self.members[0].param, layout.dims
         present = [g for g in grads if g is not None]
@@ -175,13 +175,13 @@ class Batch:
 
 
 def _sum_of_squares(x: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Sums of x^2 over ``dims``, which are kept with size 1."""
+    """The sum of x^2 over ``dims``. These dimensions are kept with size 1."""
     if not dims:
         return x.to(dtype).square()
     if not x.is_cpu or dims[-1] == x.dim() - 1:
         norm: Tensor = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=dtype)
         return norm.square()
-    # On a CPU a norm over columns is fifty times slower than a sum of them.
+    # On a CPU, a norm over columns is fifty times slower than a sum.
     if x.numel() <= _CPU_PIECE:
         return x.to(dtype).square().sum(dims, keepdim=True)
     if dims[0] == 2:  # a stack of matrices
@@ -194,14 +194,14 @@ def _sum_of_squares(x: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Ten
 
 
 class GroupBatches:
-    """The batches of one param group, and what they were made from.
+    """The batches of one param group, and the parameters and state from which they were made.
 
     Attributes:
-        batches: of all parameters with state.
-        at: for the index of a parameter with state, its blocks as batches of one; several for a partition.
-        members: of all batches, in order.
-        is_plain: whether none of them is sharded.
-        fused: what the fused path has made of them (see :class:`hf_sai.fused.FusedBlocks`).
+        batches: the batches of all parameters with state.
+        at: maps the index of a parameter with state to its blocks, as batches of one. A partition has several blocks.
+        members: the members of all batches, in order.
+        is_plain: whether no batch is sharded.
+        fused: the batches prepared for the fused path (see :class:`hf_sai.fused.FusedBlocks`).
     """
 
     def __init__(self, group: dict[str, Any], members: Iterable[Member], idle: list[Tensor]) -> None:
@@ -228,12 +228,12 @@ class GroupBatches:
         self._held = [(m.state.get, key, m.state.get(key)) for m in own for key in _HELD if key in m.state]
 
     def is_settled(self, window: int) -> bool:
-        """Whether no block is early any more."""
+        """Whether every block has left the window."""
         self._settled = self._settled or not any(b.is_early(window) for b in self.batches)
         return self._settled
 
     def is_current(self, group: dict[str, Any], states: Any) -> bool:
-        """Whether the parameters, the options and the state are those that the batches were made from."""
+        """Whether the parameters, options and state are still those from which the batches were made."""
         params = group["params"]
         return (
             len(params) == len(self._params)
@@ -247,20 +247,20 @@ class GroupBatches:
 
 
 def layout_options(group: dict[str, Any]) -> tuple[Any, ...]:
-    """The options that decide what the state of a parameter is."""
+    """The options that determine the layout of a parameter's state."""
     names = ("scaling", "token_rows", "momentum_dtype", "stochastic_rounding")
     return (float(group["momentum"]) > 0, *(group[name] for name in names))
 
 
 def _in_cache(same: list[Member]) -> Iterator[list[Member]]:
-    """Parts of a stack whose temporaries stay in the cache of a core."""
+    """Split a stack into parts whose temporaries fit in the cache of a core."""
     size = max(1, _STACK // max(1, same[0].param.numel()))
     for i in range(0, len(same), size):
         yield same[i : i + size]
 
 
 def _stacks(m: Member) -> bool:
-    """Whether the state of a block may be a view of that of a batch."""
+    """Whether the state of a block may be a view of the tensors of a batch."""
     p = m.param
     if isinstance(p, Segment) or type(p) not in (Parameter, Tensor) or not p.is_cpu or p.numel() > _SMALL:
         return False
@@ -282,7 +282,7 @@ def _batch(same: list[Member], group: dict[str, Any]) -> Batch:
 
 
 def _together(same: list[Member], key: str) -> Tensor | None:
-    """An entry of the states of some blocks as one tensor, of which theirs are views then."""
+    """Stack one state entry of several blocks into one tensor. The entries become views of it."""
     own = [to_local(m.state[key]) for m in same if key in m.state]
     if len(own) < 2:
         return own[0].unsqueeze(0) if own else None

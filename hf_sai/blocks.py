@@ -1,7 +1,7 @@
-"""What each block of a model is: attention, MLP, norm, embedding and so on, and in which layer it stands.
+"""The kind of each block of a model (attention, MLP, norm, embedding and so on) and its layer.
 
-The paper's Figure 3 groups its blocks so. Module types tell most of it; where they do not, the names that transformers,
-PEFT and timm give their modules do.
+The paper's Figure 3 groups blocks in this way. The module type usually determines the kind. If it does not, the kind
+follows from the module names of transformers, PEFT and timm.
 """
 
 import re
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-# In the order in which tables and figures show them.
+# In the order of tables and figures.
 KINDS = (
     "embedding",
     "position embedding",
@@ -26,13 +26,13 @@ KINDS = (
     "convolution",
     "other",
 )
-# The module that makes queries, keys or values, by the last part of its name.
+# Modules that compute queries, keys or values, by the last part of their names.
 _QKV = re.compile(
     r"w?qkv|[qkv]|w[qkv]|c_attn|q_attn|query|key|value|query_key_value|in_proj|to_[qkv]|.*[qkv]_(proj|lin)"
 )
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _HEAD = re.compile(r"(lm_|embed_|mlm_)?head|score|classifier|cls")
-# For square matrices and stacked experts, whose shape does not tell.
+# For square matrices and stacked experts, whose shape does not show the kind.
 _MLP_IN = re.compile(
     r"c_fc|fc1|fc_in|lin1|linear1|up_proj|gate_proj|gate_up_proj|wi(_\d+)?|w1|w3|dense_h_to_4h|intermediate"
 )
@@ -43,9 +43,9 @@ class BlockName(NamedTuple):
     """One parameter of a model.
 
     Attributes:
-        name: its name in the model, without what ``torch.compile`` puts before it.
+        name: its name in the model, without the prefix of ``torch.compile``.
         kind: one of ``KINDS``.
-        layer: the number of the layer it stands in, ``None`` outside the layers.
+        layer: the number of its layer, or ``None`` outside the layers.
     """
 
     name: str
@@ -54,10 +54,10 @@ class BlockName(NamedTuple):
 
 
 def block_names(model: nn.Module) -> dict[Tensor, BlockName]:
-    """Name, kind and layer of every parameter, in the model's order.
+    """The name, kind and layer of every parameter, in the model's order. A tied parameter has its first name.
 
     Args:
-        model: wrapped for data parallelism or compiled or neither. A tied parameter goes by the first of its names.
+        model: the model. It may be compiled or wrapped for data parallelism.
     """
     while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or _is_engine(model):
         model = model.module  # type: ignore[assignment]
@@ -86,7 +86,7 @@ def _kind(parts: list[str], p: Tensor, module: nn.Module, layer: int | None) -> 
         return "LoRA A"
     if {"lora_B", "lora_embedding_B"} & set(parts):
         return "LoRA B"
-    path, leaf = [part for part in parts[:-1] if part != "base_layer"], parts[-1]  # PEFT's name for what it wraps
+    path, leaf = [part for part in parts[:-1] if part != "base_layer"], parts[-1]  # PEFT's name of a wrapped layer
     if "bias" in leaf:
         return "bias"
     if "norm" in type(module).__name__.lower():
@@ -99,11 +99,11 @@ def _kind(parts: list[str], p: Tensor, module: nn.Module, layer: int | None) -> 
         return "convolution"
     if p.dim() < 2:
         return "other"
-    # A parameter held directly, such as torch's in_proj_weight or a stack of experts, has the name itself.
+    # A direct parameter, such as torch's in_proj_weight or a stack of experts, has the module's role in its own name.
     own = leaf.removesuffix("_weight") if leaf != "weight" else path[-1] if path else ""
     if any(_ATTENTION.search(part) for part in (path if leaf != "weight" else path[:-1])):
         return "attention qkv" if _QKV.fullmatch(own) else "attention out"
-    if own in ("gate", "router"):  # of a mixture of experts
+    if own in ("gate", "router"):  # the router of a mixture of experts
         return "other"
     if layer is None:
         return "head" if _HEAD.fullmatch(own) else "other"
@@ -114,7 +114,7 @@ def _kind(parts: list[str], p: Tensor, module: nn.Module, layer: int | None) -> 
 
 
 def _features(module: nn.Module) -> tuple[int, int]:
-    """Inputs and outputs of a linear layer, torch's or transformers' (``Conv1D``); (0, 0) for another module."""
+    """The inputs and outputs of a linear layer of torch or transformers (``Conv1D``), or (0, 0) for other modules."""
     if hasattr(module, "nx") and hasattr(module, "nf"):
         return int(module.nx), int(module.nf)  # type: ignore[arg-type]
     return int(getattr(module, "in_features", 0)), int(getattr(module, "out_features", 0))

@@ -1,14 +1,14 @@
-"""Calibrates blocks: decides which gradients make a scale, and logs and warns about it.
+"""Calibrates blocks: computes scales from gradients, logs this, and warns about unusable gradients.
 
-A gradient is usable if it is finite and not all zero. The first one of a block gives its g-SNR, which under the paper's
-scalings is all that its scale needs. Under ``scaling="adamw"`` the scale of a channel is ``1 / (rms + eps)``, where
-``rms`` is the mean, over the first ``WINDOW`` usable gradients, of the root mean square of the channel's elements;
-within that window, over the gradients so far. Afterwards it follows slowly: every ``INTERVAL`` steps a gradient counts
-as one of ``WINDOW``.
+A gradient is usable if it is finite and not all zero. The first usable gradient of a block gives its g-SNR. The paper's
+scalings need nothing else. Under ``scaling="adamw"`` the scale of a channel is ``1 / (rms + eps)``. For each gradient,
+the root mean square of the channel's elements is measured. ``rms`` is its mean over the first ``WINDOW`` usable
+gradients, or over the gradients so far if there are fewer. After the window, a gradient is measured every ``INTERVAL``
+steps, with a weight of 1 / ``WINDOW``.
 
-The rows and the columns of a matrix are channels. The scale of an element is that of its row times that of its column,
-relative to the mean over the columns. A channel without a gradient keeps its ``rms``, but in a matrix of token rows it
-counts as a zero, because how often a token occurs is what its scale has to make up for.
+The rows and the columns of a matrix are channels. The scale of an element is the scale of its row times the scale of
+its column relative to the mean over the columns. A channel without a gradient keeps its ``rms``. In a matrix of token
+rows, it counts as a zero instead, because the scale of a token must compensate for how often the token occurs.
 
 Nothing here depends on the learning rate. Nothing depends on other blocks, except under ``scaling="max"``.
 """
@@ -29,16 +29,16 @@ from hf_sai.gsnr import BlockStatistics, measure, measure_stacked, paper_scales,
 from hf_sai.shards import reduction_groups
 from hf_sai.update import fused_moments
 
-# Usable gradients after which the scale of a channel hardly changes; also how many gradients it averages.
+# The number of usable gradients that a scale averages. After these, the scale changes only slowly.
 WINDOW = 60
 # Steps between measurements after the window.
 INTERVAL = 10
-# What an element of a scaled gradient is bounded by, in units of the root mean square of its channel.
+# The bound of each element of a scaled gradient, in units of the root mean square of its channel.
 LIMIT = 2.0
-# The same in a matrix of token rows, where a rare token's gradient is far larger than its mean. Adam bounds its updates
-# by about as much, 1 / sqrt(1 - beta2).
+# The bound in a matrix of token rows, where a rare token's gradient is far larger than its mean. The bound of Adam's
+# updates is similar, 1 / sqrt(1 - beta2).
 TOKEN_LIMIT = 30.0
-# Steps after which a block that still has had no usable gradient is named.
+# The number of steps after which a block without a usable gradient causes a warning.
 _PATIENCE = 100
 
 
@@ -48,8 +48,10 @@ class Work:
     Attributes:
         group: its param group.
         batch: the blocks.
-        grads: their local gradients; None where a process has none of a sharded block, which it helps to calibrate.
-        kinds: what a first gradient is (see :class:`hf_sai.gsnr.BlockStatistics`), else ``"usable"`` or ``"zero"``.
+        grads: their local gradients. None if this process has no gradient for a sharded block but takes part in its
+            calibration.
+        kinds: the kind of each first gradient (see :class:`hf_sai.gsnr.BlockStatistics`), else ``"usable"`` or
+            ``"zero"``.
     """
 
     __slots__ = ("batch", "grads", "group", "kinds")
@@ -59,10 +61,10 @@ class Work:
         self.kinds = ["usable"] * len(grads)
 
     def weight(self) -> float:
-        """The weight of this gradient in the momentum, for a batch whose blocks are at the same count.
+        """The weight of this gradient in the momentum, for a batch whose blocks have the same count.
 
-        Under ``scaling="adamw"`` the momentum is the mean of its gradients without a bias to zero, as Adam's is after
-        its correction; under the paper's scalings it begins as the first gradient.
+        Under ``scaling="adamw"`` the momentum is a mean of gradients without a bias to zero, like Adam's momentum after
+        bias correction. Under the paper's scalings it starts as the first gradient.
         """
         momentum, first = float(self.group["momentum"]), self.batch.members[0]
         if first.starts and self.kinds[0] == "usable":
@@ -73,7 +75,7 @@ class Work:
 
 
 class Calibration:
-    """What is not state: the steps of this process, and the warnings given."""
+    """Everything that is not saved: the steps of this process and the warnings issued so far."""
 
     def __init__(self) -> None:
         self._steps = 0
@@ -84,7 +86,7 @@ class Calibration:
 
         Args:
             work: in the same order on every process.
-            largest_gsnr: finds that of the calibrated blocks with ``scaling="max"``.
+            largest_gsnr: returns the largest g-SNR of the calibrated blocks with ``scaling="max"``.
 
         Raises:
             RuntimeError: for a block without a scale under CUDA graph capture.
@@ -94,8 +96,9 @@ class Calibration:
         if capturing:
             if first:
                 raise RuntimeError(
-                    f"{first[0][0].batch.members[first[0][1]].name} is not calibrated yet, which a CUDA graph cannot "
-                    "capture; run steps before capturing until every block has had a gradient that is not all zero"
+                    f"{first[0][0].batch.members[first[0][1]].name} is not calibrated yet, and a CUDA graph cannot "
+                    "capture the calibration; run steps before capturing until every block has had a gradient that is "
+                    "not all zero"
                 )
             return
         if first:
@@ -105,11 +108,11 @@ class Calibration:
             _measure_channels(due)
 
     def count_step(self) -> None:
-        """Count a step, for the log."""
+        """Count a step for the log."""
         self._steps += 1
 
     def _first(self, pairs: Sequence[tuple[Work, int]], largest_gsnr: Callable[[], float]) -> None:
-        """Measure the g-SNR of blocks that have none."""
+        """Measure the g-SNR of blocks that do not have one yet."""
         members = [w.batch.members[i] for w, i in pairs]
         statistics = _statistics(pairs)
         largest = largest_gsnr() if any(w.group["scaling"] == "max" for w, _ in pairs) else 0.0
@@ -133,7 +136,7 @@ class Calibration:
                 f"g-SNR from {min(gsnrs):.4g} to {max(gsnrs):.4g}"
             )
         self._warn_about(
-            "has a constant first gradient; its g-SNR is taken as sqrt(numel)",
+            "has a constant first gradient; its g-SNR is set to sqrt(numel)",
             [m.name for (w, _), m, s in zip(pairs, members, statistics, strict=True)
              if s.kind == "constant" and w.group["scaling"] != "adamw"],
         )  # fmt: skip
@@ -143,13 +146,13 @@ class Calibration:
         )
         if self._steps >= _PATIENCE:
             self._warn_about(
-                f"has had no usable gradient in {_PATIENCE} steps, only zeros or NaN; it does not train",
+                f"has had no usable gradient in {_PATIENCE} steps, only zeros or NaN; it is not being trained",
                 [m.name for (w, i), m in zip(pairs, members, strict=True)
                  if w.kinds[i] != "usable" and w.grads[i] is not None],
             )  # fmt: skip
 
     def _warn_about(self, what: str, names: list[str]) -> None:
-        """Warn once of each kind of gradient, naming the first block and counting the others."""
+        """Warn once about each kind of gradient. The warning names the first block and the number of other blocks."""
         if names and what not in self._warned:
             self._warned.add(what)
             others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
@@ -157,7 +160,7 @@ class Calibration:
 
 
 def _statistics(pairs: Sequence[tuple[Work, int]]) -> list[BlockStatistics]:
-    """Of the gradients of these blocks; small ones of one shape are measured together."""
+    """The statistics of the gradients of these blocks. Small blocks of the same shape are measured together."""
     results: dict[tuple[int, int], BlockStatistics] = {}
     rest: list[tuple[Work, int]] = []
     for w, i in pairs:
@@ -178,7 +181,7 @@ def _statistics(pairs: Sequence[tuple[Work, int]]) -> list[BlockStatistics]:
 
 
 def is_due(w: Work) -> bool:
-    """Whether the channels of a batch are measured in this step; the same on every process."""
+    """Whether the channels of a batch are measured in this step. The result is the same on every process."""
     return measures(w.group) or w.batch.is_early(WINDOW)
 
 
@@ -188,7 +191,7 @@ def measures(group: Mapping[str, Any]) -> bool:
 
 
 class _Measured(NamedTuple):
-    """The mean squares of the channels of one batch, rows or columns."""
+    """The mean squares of the channels (rows or columns) of one batch."""
 
     work: Work
     layout: Channels
@@ -208,7 +211,7 @@ def _measure_channels(due: Sequence[Work]) -> None:
     early = [m for m in measured if m.work.batch.is_early(WINDOW) and m.scale is m.work.batch.scale]
     if early:
         _count([m.work for m in early], [m.squares for m in early])
-    # One set of operations for all channels of a device.
+    # One set of operations handles all channels on a device.
     rows: dict[tuple[bool, float, torch.device], list[tuple[Tensor, Tensor, float]]] = {}
     for w, _, scale, x in _reduced(measured):
         members = w.batch.members
@@ -225,7 +228,7 @@ def _measure_channels(due: Sequence[Work]) -> None:
 
 
 def _count(works: Sequence[Work], squares: Sequence[Tensor]) -> None:
-    """Count the usable gradients of blocks within the window; one host synchronisation."""
+    """Count the usable gradients of blocks within the window, with one host synchronisation."""
     sums = [x.double().reshape(len(x), -1).sum(1) for x in squares]
     on_host = torch.cat([s.to(sums[0].device) for s in sums]).tolist() if sums else []
     params = [m.param for w in works for m in w.batch.members]
@@ -233,7 +236,7 @@ def _count(works: Sequence[Work], squares: Sequence[Tensor]) -> None:
     for w in works:
         for i, m in enumerate(w.batch.members):
             total = next(totals)
-            if m.count == 0:  # measured as a whole, without underflow
+            if m.count == 0:  # already measured as a whole, without underflow
                 usable = w.kinds[i] == "usable"
             else:
                 usable = math.isfinite(total) and total > 0
@@ -244,7 +247,7 @@ def _count(works: Sequence[Work], squares: Sequence[Tensor]) -> None:
 
 
 def _reduced(measured: Sequence[_Measured]) -> list[_Measured]:
-    """The same, summed over the processes that hold parts of a channel: one collective for each group of processes."""
+    """``measured``, summed over the processes that hold parts of a channel. Each process group needs one collective."""
     results = list(measured)
     sharded = [i for i, m in enumerate(measured) if m.work.batch.sharded]
     params = [measured[i].work.batch.members[0].param for i in sharded]
@@ -260,9 +263,9 @@ def _reduced(measured: Sequence[_Measured]) -> list[_Measured]:
 
 
 def _fold(rows: Sequence[tuple[Tensor, Tensor, float]], eps: float, *, zeros_count: bool) -> None:
-    """Average the root mean squares of one more gradient into scales ``1 / (average + eps)``.
+    """Include the root mean squares of one more gradient in scales ``1 / (average + eps)``.
 
-    There is no host synchronisation where all weights are equal, as they are after the window.
+    If all weights are equal, as they are after the window, there is no host synchronisation.
     """
     scales = [s for s, _, _ in rows]
     old = torch.cat([s.reshape(-1) for s in scales])
@@ -271,14 +274,14 @@ def _fold(rows: Sequence[tuple[Tensor, Tensor, float]], eps: float, *, zeros_cou
     weight: float | Tensor = weights.pop()
     if weights:
         weight = torch.cat([torch.full_like(s, w).reshape(-1) for s, _, w in rows])
-    held = 1.0 / old - eps  # infinite where nothing is known yet
+    held = 1.0 / old - eps  # infinite for a channel without a measurement
     average = held + (new - held) * weight
-    known = old > 0
+    is_measured = old > 0
     if not zeros_count:
         average = torch.where(new > 0, average, held)
-    average = torch.where(known, average, new * weight if zeros_count else new)
+    average = torch.where(is_measured, average, new * weight if zeros_count else new)
     result = 1.0 / (average + eps)
-    keep = new.isfinite() & ((new > 0) | known) if not zeros_count else new.isfinite()
+    keep = new.isfinite() & ((new > 0) | is_measured) if not zeros_count else new.isfinite()
     result = torch.where(keep, result, old)
     parts = torch.split(result, [s.numel() for s in scales])
     torch._foreach_copy_(scales, [part.view_as(s) for s, part in zip(scales, parts, strict=True)])
@@ -296,7 +299,7 @@ def _stacklevel_of_user() -> int:
 
 
 def _logger() -> logging.Logger:
-    """transformers' logger where that library is in use, else the logger ``hf_sai``."""
+    """transformers' logger if that library is loaded, else the logger ``hf_sai``."""
     if "transformers" in sys.modules:
         logger: logging.Logger = sys.modules["transformers"].utils.logging.get_logger("transformers.hf_sai")
         return logger

@@ -1,4 +1,4 @@
-"""GSNRCallback: what SGDSaI measured, and what it would measure now, in the Trainer's logs."""
+"""GSNRCallback: logs the g-SNR that SGDSaI measured, and the g-SNR of later gradients, in the Trainer's logs."""
 
 from pathlib import Path
 from typing import Any
@@ -12,41 +12,43 @@ from hf_sai.optimizer import SGDSaI
 from hf_sai.table import GSNRRow, gsnr_table, unwrap_sgd_sai
 
 logger = logging.get_logger("transformers.hf_sai")
-# What multiplies all gradients by one factor leaves the scales of these as they are.
+# A common factor of all gradients does not change the scales of these scalings.
 _SCALE_FREE = ("raw", "max")
 
 
 class GSNRCallback(TrainerCallback):
-    """Logs the g-SNR and the scale of every block once it is calibrated and, with ``every``, its g-SNR from then on.
+    """Log the g-SNR and the scale of every block after its calibration, and with ``every`` also its later g-SNR.
 
-    The values go into the Trainer's ``log_history`` and, through the Trainer, to ``report_to``. They do not go to the
-    console, where hundreds of numbers would drown the loss. :class:`hf_sai.SaITrainer` passes itself to the callback;
-    with any other Trainer call ``trainer.add_callback(GSNRCallback(trainer=trainer))``. The values, without units:
+    The values are in the Trainer's ``log_history``, and the Trainer sends them to ``report_to``. They are not printed
+    to the console, because hundreds of numbers would hide the loss. :class:`hf_sai.SaITrainer` passes itself to the
+    callback. For any other Trainer, call ``trainer.add_callback(GSNRCallback(trainer=trainer))``. The values have no
+    units:
 
-    - ``gsnr/<parameter name>`` and ``scale/<parameter name>``, once, at the first logging step after the calibration;
-    - with ``every``, ``gsnr_now/<parameter name>``: the g-SNR of the gradient of that step as the optimizer is about to
-      take it, accumulated over micro-batches and processes and clipped (which does not change g-SNR);
-    - with ``every``, ``gsnr_drift/<parameter name>``: the scale that the block would get if all blocks were calibrated
-      on that step's gradients, divided by the scale that it has. Left out without SGDSaI and before the block is
-      calibrated; and under AdamW's units with float16 and no clipping, where gradients are multiplied by a loss
-      scale that changes.
+    - ``gsnr/<parameter name>`` and ``scale/<parameter name>``: logged once, at the first logging step after the
+      calibration.
+    - ``gsnr_now/<parameter name>``, with ``every``: the g-SNR of the gradient that the optimizer uses in this step. The
+      gradient is accumulated over micro-batches and processes and clipped. Clipping does not change g-SNR.
+    - ``gsnr_drift/<parameter name>``, with ``every``: the scale that the block would get if all blocks were calibrated
+      on this step's gradients, divided by its current scale. It is not logged without SGDSaI or before the block is
+      calibrated. It is also not logged in AdamW's units with float16 and no clipping, because a changing loss scale
+      multiplies the gradients then.
 
-    With ``every`` the measurements are also written to ``file`` in ``output_dir`` when training ends, as
-    :func:`hf_sai.monitor.build_record` describes. ``log_history``, and so every checkpoint, keeps them: the record of
-    a resumed run is complete. A measurement reads each gradient twice and costs two host synchronisations. g-SNR is
-    equation 11 of the paper (arXiv 2412.11768).
+    With ``every``, the measurements are also written to ``file`` in ``output_dir`` at the end of training, in the
+    format of :func:`hf_sai.monitor.build_record`. ``log_history`` and every checkpoint contain them, so the record of a
+    resumed run is complete. A measurement reads each gradient twice and costs two host synchronisations. Equation 11 of
+    the paper (arXiv 2412.11768) defines g-SNR.
 
     Args:
-        every: measure at optimizer steps 1, 1 + every, 1 + 2 * every and so on; ``None`` for never. With ``every`` the
-            optimizer need not be SGDSaI.
-        file: the name of the record.
-        trainer: the Trainer whose reporters get the values; not needed with ``SaITrainer``. Without it a stock Trainer
-            keeps the values in ``log_history`` only, and logs a warning if it has reporters.
+        every: measure at optimizer steps 1, 1 + every, 1 + 2 * every and so on, or never if ``None``. With ``every``,
+            any optimizer works.
+        file: the file name of the record.
+        trainer: the Trainer whose reporters receive the values. Not needed with ``SaITrainer``. Without it, a stock
+            Trainer keeps the values only in ``log_history``, and logs a warning if it has reporters.
 
     Raises:
-        ValueError: for ``every`` below 1; at the first measurement under DeepSpeed or FSDP1 or with
-            ``release_gradients``, which hide the gradients.
-        TypeError: without ``every``, when training begins with an optimizer other than SGDSaI.
+        ValueError: for ``every`` below 1. Also at the first measurement if the gradients are not available, under
+            DeepSpeed, FSDP1 or ``release_gradients``.
+        TypeError: without ``every``, if training begins with an optimizer other than SGDSaI.
 
     Example:
         >>> trainer = SaITrainer(model, args, train_dataset=data, callbacks=[GSNRCallback(every=100)])
@@ -65,7 +67,7 @@ class GSNRCallback(TrainerCallback):
         self.every, self.file, self.trainer = every, file, trainer
         self._logged: set[str] = set()
         self._has_scales = True
-        self._measured: list[Measured] = []  # of the step that is being made
+        self._measured: list[Measured] = []  # in the current step
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -74,7 +76,7 @@ class GSNRCallback(TrainerCallback):
             unwrap_sgd_sai(kwargs["optimizer"])
         if self.trainer is None and args.report_to and state.is_world_process_zero:
             logger.warning(
-                "GSNRCallback has no Trainer, so its values go into log_history and not to %s; add it with "
+                "GSNRCallback has no Trainer, so its values are only in log_history and not sent to %s; add it with "
                 "trainer.add_callback(GSNRCallback(trainer=trainer)), or use SaITrainer",
                 ", ".join(args.report_to),
             )
@@ -102,7 +104,7 @@ class GSNRCallback(TrainerCallback):
             self._log(values, args, state, control, **kwargs)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # Trainer.evaluate also logs; before training there is nothing to log.
+        # Trainer.evaluate also logs, but before training there is nothing to log here.
         if kwargs["optimizer"] is not None:
             self._log_new_blocks(args, state, control, **kwargs)
 
@@ -133,7 +135,7 @@ class GSNRCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Keep the values as ``Trainer.log`` would, and send them to its reporters."""
+        """Store the values like ``Trainer.log``, and send them to the Trainer's reporters."""
         if state.epoch is not None:
             values["epoch"] = state.epoch
         state.log_history.append({**values, "step": state.global_step})

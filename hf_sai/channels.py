@@ -1,12 +1,12 @@
-"""What a channel is: the part of a block that has one scale under ``scaling="adamw"``.
+"""Defines channels: a channel is the part of a block that has one scale under ``scaling="adamw"``.
 
-The rows of a matrix are channels, and so are its columns: the scale of an element is made from both. A convolution is
-the matrix (outputs, inputs x kernel), a tensor of three dimensions whose last two are both at least 16 is a stack of
-matrices (the experts of a mixture); in these the indices of the longer dimension of a matrix are channels. A vector or
-a scalar is one channel.
+The rows of a matrix are channels, and so are its columns. The scale of an element is made from both. A convolution is a
+matrix (outputs, inputs x kernel). A tensor of three dimensions whose last two are at least 16 is a stack of matrices
+(the experts of a mixture). In a convolution or a stack, only the indices of the longer matrix dimension are channels. A
+vector or a scalar is one channel.
 
-Scales have the shape of the block with the dimensions of a channel reduced to 1, so that they broadcast against it and
-are split over processes as it is.
+Scales have the shape of the block with the dimensions of a channel reduced to 1. So they broadcast against the block
+and are split over processes like the block.
 """
 
 from typing import NamedTuple
@@ -18,12 +18,12 @@ _SMALLEST_STACKED = 16
 
 
 class Channels(NamedTuple):
-    """How a block of some shape falls into channels.
+    """The channels of a block.
 
     Attributes:
-        shape: of the scales; broadcasts against the block.
-        dims: the dimensions of the block that a channel runs over.
-        size: elements of one channel.
+        shape: the shape of the scales, which broadcasts against the block.
+        dims: the dimensions of the block that a channel extends over.
+        size: the number of elements in a channel.
     """
 
     shape: torch.Size
@@ -32,7 +32,7 @@ class Channels(NamedTuple):
 
 
 def channels(shape: torch.Size, scaling: str = "adamw") -> Channels:
-    """The channels of a block, of a matrix its rows; under the paper's scalings the whole block is one."""
+    """The channels of a block; for a matrix, its rows. Under the paper's scalings the whole block is one channel."""
     dims = len(shape)
     if scaling != "adamw" or dims < 2:
         return Channels(torch.Size([1] * dims), tuple(range(dims)), shape.numel())
@@ -45,22 +45,22 @@ def channels(shape: torch.Size, scaling: str = "adamw") -> Channels:
 
 
 def column_channels(shape: torch.Size, scaling: str = "adamw") -> Channels | None:
-    """The columns of a matrix, None for any other block."""
+    """The columns of a matrix, or None for any other block."""
     if scaling != "adamw" or len(shape) != 2:
         return None
     return Channels(torch.Size([1, shape[1]]), (0,), shape[0])
 
 
 def matrix_layout(shape: torch.Size, dims: tuple[int, ...]) -> tuple[int, int]:
-    """How a contiguous tensor of ``shape`` is read with one scale for each channel.
+    """View a contiguous tensor of ``shape`` as matrices with one scale for each channel.
 
     Args:
-        shape: of a block, or of the part of it that a process holds.
-        dims: the dimensions that a channel runs over.
+        shape: the shape of a block, or of the part of it on this process.
+        dims: the dimensions that a channel extends over.
 
     Returns:
-        ``columns``, the length of a row of each matrix, and ``rows``, the rows of each matrix where a channel is a
-        column of it, 0 where it is a row.
+        ``columns``, the length of a row of each matrix, and ``rows``. If a channel is a column, ``rows`` is the number
+        of rows of each matrix. If a channel is a row, ``rows`` is 0.
     """
     if dims == tuple(range(len(shape) - len(dims), len(shape))):
         return max(1, shape[len(shape) - len(dims) :].numel()), 0
@@ -68,7 +68,7 @@ def matrix_layout(shape: torch.Size, dims: tuple[int, ...]) -> tuple[int, int]:
 
 
 def channel_index(start: int, length: int, shape: torch.Size, dims: tuple[int, ...], device: torch.device) -> Tensor:
-    """The channel of each of ``length`` elements of a flattened block from ``start`` on, int64."""
+    """The channel of each of the ``length`` elements of a flattened block that begin at ``start``, int64."""
     columns, rows = matrix_layout(shape, dims)
     offsets = torch.arange(start, start + length, device=device)
     row = offsets.div(columns, rounding_mode="floor")

@@ -1,7 +1,7 @@
-"""Checkpoints that a killed run has left half-written are never resumed from, and never take a whole one's place.
+"""Recognises incomplete checkpoints of a killed run, so that no run resumes from them.
 
-transformers' Trainer writes a checkpoint file by file into its final folder, ``trainer_state.json`` last. Killed in
-between, it leaves a ``checkpoint-N`` that ``get_last_checkpoint`` picks up all the same.
+transformers' Trainer writes the files of a checkpoint one by one into the final folder, with ``trainer_state.json``
+last. If it is killed in between, it leaves an incomplete ``checkpoint-N`` that ``get_last_checkpoint`` still returns.
 """
 
 import json
@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
-logger = logging.getLogger("transformers.hf_sai")  # which shows warnings as transformers' own does
+logger = logging.getLogger("transformers.hf_sai")  # shows warnings like transformers' own logger
 
 TRAINER_STATE = "trainer_state.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _RANDOM_STATE = re.compile(r"rng_state(?:_(\d+))?\.pth")
-# What the Trainer writes and resumes from. Any other file in the folder is the user's.
+# The files that the Trainer writes and resumes from. Any other file in the folder belongs to the user.
 _FILES = re.compile(
     r"(optimizer|pytorch_model_fsdp)(_\d+)?\.(pt|bin)|(scheduler|scaler)\.pt|training_args\.bin|"
     r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)|adapter_model\.(safetensors|bin)|" + _RANDOM_STATE.pattern
@@ -30,34 +30,34 @@ _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 def last_whole_checkpoint(folder: str | os.PathLike[str]) -> str | None:
-    """The newest ``checkpoint-N`` of a Trainer's output folder that was written to its end.
+    """The newest complete ``checkpoint-N`` in a Trainer's output folder.
 
-    Each newer one that is passed over is logged as a warning, with what is wrong with it. How many processes wrote a
-    checkpoint, and how many are to resume from it, does not matter.
+    For each newer checkpoint that is skipped, a warning with the reason is logged. The numbers of processes that wrote
+    the checkpoint and that resume from it do not matter.
 
     Args:
         folder: the ``output_dir`` of a Trainer; it need not exist.
 
     Returns:
-        Its path, or None where there is none.
+        Its path, or None if there is none.
 
     Example:
         >>> trainer.train(resume_from_checkpoint=last_whole_checkpoint("out"))
     """
-    found = {int(m[1]): path for path in Path(folder).glob("checkpoint-*") if (m := _CHECKPOINT.fullmatch(path.name))}
-    for step in sorted(found, reverse=True):
-        reason = why_not_whole(found[step])
+    paths = {int(m[1]): path for path in Path(folder).glob("checkpoint-*") if (m := _CHECKPOINT.fullmatch(path.name))}
+    for step in sorted(paths, reverse=True):
+        reason = why_not_whole(paths[step])
         if reason is None:
-            return str(found[step])
+            return str(paths[step])
         if _is_first():
-            logger.warning("%s is not whole and is not resumed from: %s", found[step], reason)
+            logger.warning("skipping the incomplete checkpoint %s: %s", paths[step], reason)
     return None
 
 
 def why_not_whole(checkpoint: str | os.PathLike[str]) -> str | None:
-    """What shows that a Trainer's checkpoint was not written to its end; None where nothing does.
+    """The reason why a Trainer's checkpoint is incomplete, or None if it is complete.
 
-    Only files that the Trainer itself writes are looked at.
+    Only files that the Trainer itself writes are checked.
     """
     checkpoint = Path(checkpoint)
     try:
@@ -65,19 +65,19 @@ def why_not_whole(checkpoint: str | os.PathLike[str]) -> str | None:
     except FileNotFoundError:
         return f"{TRAINER_STATE}, which is written last, is missing"
     except (OSError, ValueError, KeyError, TypeError):
-        return f"{TRAINER_STATE} is cut off"
+        return f"{TRAINER_STATE} is truncated"
     if checkpoint.name != f"checkpoint-{step}":
-        return f"{TRAINER_STATE} is of step {step}"
+        return f"{TRAINER_STATE} is from step {step}"
     names = {path.name for path in checkpoint.iterdir() if path.is_file()}
     for name in sorted(name for name in names if _FILES.fullmatch(name)):
         if not _is_uncut(checkpoint / name):
-            return f"{name} is cut off"
+            return f"{name} is truncated"
     missing = sorted(_shards(checkpoint) - names) + _missing_random_states(names)
     return f"{missing[0]} is missing" if missing else None
 
 
 def remove_random_states(checkpoint: str | os.PathLike[str], *, world_size: int) -> None:
-    """Remove the random states that a run of another number of processes has left in a checkpoint's folder."""
+    """Remove the random states that a run with another number of processes left in a checkpoint's folder."""
     own = {f"rng_state_{rank}.pth" for rank in range(world_size)} if world_size > 1 else {"rng_state.pth"}
     for path in Path(checkpoint).glob("rng_state*.pth"):
         if _RANDOM_STATE.fullmatch(path.name) and path.name not in own:
@@ -85,28 +85,28 @@ def remove_random_states(checkpoint: str | os.PathLike[str], *, world_size: int)
 
 
 def _missing_random_states(names: set[str]) -> list[str]:
-    """Those that processes between others have not written, and that of the second where only the first has."""
+    """The missing random states: gaps in the ranks, and that of rank 1 if only rank 0 has written one."""
     ranks = {int(m[1]) for name in names if (m := _RANDOM_STATE.fullmatch(name)) and m[1]}
-    # A run of one process does not number its file. On a second machine with a separate disk the lowest rank is not 0.
+    # A run with one process does not number its file. On a second machine with its own disk, the lowest rank is not 0.
     expected = {1} if ranks == {0} else set(range(min(ranks, default=0), max(ranks, default=0)))
     return [f"rng_state_{rank}.pth" for rank in sorted(expected - ranks)]
 
 
 def _shards(checkpoint: Path) -> set[str]:
-    """The files that the index of a model in several files names."""
+    """The files that are listed in the index of a sharded model."""
     shards: set[str] = set()
     for index in _INDICES:
         if (checkpoint / index).is_file():
             try:
                 shards.update(json.loads((checkpoint / index).read_bytes())["weight_map"].values())
             except (ValueError, KeyError, AttributeError, TypeError):
-                shards.add(f"what {index}, which is cut off, names")
+                shards.add(f"a file listed in {index}, which is truncated,")
     return shards
 
 
 def _is_uncut(path: Path) -> bool:
     if path.suffix in (".pt", ".pth", ".bin"):
-        return zipfile.is_zipfile(path)  # the directory of a zip file stands at its end
+        return zipfile.is_zipfile(path)  # the directory of a zip file is at its end
     if path.suffix == ".safetensors":
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -117,24 +117,30 @@ def _is_uncut(path: Path) -> bool:
         try:
             ends = [entry["data_offsets"][1] for name, entry in json.loads(header).items() if name != "__metadata__"]
             return bool(size == 8 + header_size + max(ends, default=0))
-        except (ValueError, AttributeError, KeyError, IndexError, TypeError):  # as after a power cut: all zeros
+        except (
+            ValueError,
+            AttributeError,
+            KeyError,
+            IndexError,
+            TypeError,
+        ):  # for example, all zeros after a power failure
             return False
     return True
 
 
 @contextmanager
 def atomic_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """A scratch folder to save into, which becomes ``folder`` in one step when everything is in it.
+    """Provide a temporary folder to save into, which is renamed to ``folder`` at the end.
 
     For bare loops: ``with atomic_folder("out/step-100") as scratch: accelerator.save_state(scratch)``. All processes
-    of the default group enter and leave together. What is killed or fails inside leaves no ``folder``.
+    of the default group must enter and leave together. If a process is killed or fails inside, no ``folder`` exists.
 
     Raises:
-        FileExistsError: if there is a ``folder`` already; give each checkpoint a different name.
+        FileExistsError: if ``folder`` already exists. Each checkpoint needs a different name.
     """
     folder = Path(folder)
     if folder.exists():
-        raise FileExistsError(f"{folder} exists; give each checkpoint a different name")
+        raise FileExistsError(f"{folder} already exists; give each checkpoint a different name")
     scratch = folder.with_name(f".{folder.name}.unfinished")
     _wait()
     if _is_first():

@@ -1,9 +1,9 @@
-"""Processes that a process starts: Python in them begins with ``hf_sai.launch``, too.
+"""Makes the Python child processes of a process start with ``hf_sai.launch``.
 
-Nothing is hooked into Python's start-up or imports. What starts Python is pointed to a shell script that calls this
-interpreter with ``-m hf_sai.launch`` before the script, module or code: ``sys.executable``, the executable of
-multiprocessing, that of torchrun (``PYTHON_EXEC``), and on ``PATH`` this environment's ``python`` and launchers. Each
-child does the same for its own children.
+There are no hooks in Python's start-up or imports. Instead, a shell script replaces the Python executable. It calls
+this interpreter with ``-m hf_sai.launch`` before the script, module or code. It replaces ``sys.executable``, the
+executable of multiprocessing and of torchrun (``PYTHON_EXEC``), and on ``PATH`` this environment's ``python`` and
+launchers. Each child does the same for its own children.
 """
 
 import hashlib
@@ -18,33 +18,33 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-# Programs of an environment that start another Python by their own interpreter's `sys.executable`.
+# Programs of an environment that start another Python through the `sys.executable` of their own interpreter.
 LAUNCHERS = ("accelerate", "deepspeed", "trl", "llamafactory-cli", "axolotl")
 
-# Begins the name of the folder that holds the script.
+# The prefix of the name of the script's folder.
 _FOLDER = "hf_sai-launch-"
 
-# Interpreter options stay in front. What only keeps multiprocessing's books gets no registration, hence no delay.
+# Interpreter options stay first. multiprocessing's resource tracker is not registered, which saves time.
 _SCRIPT = """#!/bin/sh
-# Python as hf_sai.launch starts it, see hf_sai/children.py. Written by it, can be deleted.
+# Runs Python under hf_sai.launch, see hf_sai/children.py. This file can be deleted; hf_sai writes it again.
 case ${{0##*/}} in
 python*) ;;
 *) set -- {scripts}/"${{0##*/}}" "$@" ;;
 esac
-left=$# found='' value=''
+left=$# target='' value=''
 while [ "$left" -gt 0 ]; do
     word=$1
     shift
     left=$((left - 1))
-    if [ -n "$found" ]; then :
+    if [ -n "$target" ]; then :
     elif [ -n "$value" ]; then value=''
     else
         case $word in
         -[WX] | --check-hash-based-pycs) value=1 ;;
         -[WX]* | --*) ;;
-        -[cm]?*) found=1; set -- "$@" -m hf_sai.launch "${{word%"${{word#-?}}"}}"; word=${{word#-?}} ;;
+        -[cm]?*) target=1; set -- "$@" -m hf_sai.launch "${{word%"${{word#-?}}"}}"; word=${{word#-?}} ;;
         -*[cm])
-            found=1
+            target=1
             case ${{1-}} in
             *multiprocessing.resource_tracker*) ;;
             *)
@@ -54,7 +54,7 @@ while [ "$left" -gt 0 ]; do
                 ;;
             esac
             ;;
-        - | [!-]*) found=1; set -- "$@" -m hf_sai.launch ;;
+        - | [!-]*) target=1; set -- "$@" -m hf_sai.launch ;;
         esac
     fi
     set -- "$@" "$word"
@@ -65,10 +65,10 @@ exec {python} "$@"
 
 @contextmanager
 def registered_children() -> Iterator[None]:
-    """Have every Python that this process starts meanwhile begin with :mod:`hf_sai.launch`. Not on Windows.
+    """Make every Python process that this process starts in the block begin with :mod:`hf_sai.launch`. Not on Windows.
 
-    It changes ``sys.executable``, the executable of ``multiprocessing`` and the variables ``PATH`` and ``PYTHON_EXEC``,
-    which children inherit, and puts them back at the end.
+    This changes ``sys.executable``, the executable of ``multiprocessing`` and the variables ``PATH`` and
+    ``PYTHON_EXEC``, which children inherit. It restores them at the end.
     """
     if os.name != "posix" or not sys.executable or _FOLDER in sys.executable:
         yield
@@ -78,7 +78,7 @@ def registered_children() -> Iterator[None]:
     folder, path = _folder(), variables["PATH"] or os.defpath
     sys.executable = str(folder / "python")
     multiprocessing.set_executable(sys.executable)
-    if _FOLDER in (variables["PYTHON_EXEC"] or _FOLDER):  # not the user's own
+    if _FOLDER in (variables["PYTHON_EXEC"] or _FOLDER):  # not set by the user
         os.environ["PYTHON_EXEC"] = sys.executable
     if str(folder / "bin") not in path.split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join([str(folder / "bin"), path])
@@ -95,7 +95,7 @@ def registered_children() -> Iterator[None]:
 
 
 def _folder() -> Path:
-    """The folder of the script, made where it is not there yet: its name says what it holds."""
+    """The folder of the script, created if it does not exist. Its name contains a hash of its content."""
     python, scripts = sys.executable, sysconfig.get_path("scripts")
     text = _SCRIPT.format(python=shlex.quote(python), scripts=shlex.quote(scripts))
     names = [name for name in ("python", "python3", *LAUNCHERS) if _belongs(name, {os.path.dirname(python), scripts})]
@@ -105,15 +105,15 @@ def _folder() -> Path:
         return inherited.parent
     try:
         return _write(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute(), name, text, names)
-    except (OSError, RuntimeError):  # a home where nothing can be written or run, or none
+    except (OSError, RuntimeError):  # there is no home, or files in it cannot be written or executed
         return _write(Path(tempfile.mkdtemp(prefix="hf_sai-")), name, text, names)
 
 
 def _belongs(name: str, folders: set[str]) -> bool:
-    """Whether it is a program of this environment that this name finds."""
+    """Whether the program of this name on PATH belongs to this environment."""
     elsewhere = [part for part in os.environ.get("PATH", os.defpath).split(os.pathsep) if _FOLDER not in part]
-    found = shutil.which(name, path=os.pathsep.join(elsewhere))
-    return found is not None and os.path.dirname(found) in folders
+    program = shutil.which(name, path=os.pathsep.join(elsewhere))
+    return program is not None and os.path.dirname(program) in folders
 
 
 def _write(cache: Path, name: str, text: str, names: list[str]) -> Path:
@@ -130,5 +130,5 @@ def _write(cache: Path, name: str, text: str, names: list[str]) -> Path:
             scratch.rename(folder)
         shutil.rmtree(scratch, ignore_errors=True)
     if not os.access(folder / "python", os.X_OK):
-        raise PermissionError(f"{folder / 'python'} cannot be run")
+        raise PermissionError(f"{folder / 'python'} is not executable")
     return folder

@@ -1,7 +1,7 @@
-"""The `hf-sai` command: reads the command line, runs one of the subcommands, and turns bad input into one line.
+"""The `hf-sai` command: parses the command line, runs one of the subcommands, and reports bad input in one line.
 
-A subcommand is a module of `hf_sai.commands` with the names of `Command`, listed in `COMMANDS`. Such a module imports
-only what its arguments need; whatever is heavy or optional is imported within `run`.
+A subcommand is a module of `hf_sai.commands` with the attributes of `Command`, listed in `COMMANDS`. The module imports
+only what its arguments need. Heavy or optional imports are inside `run`.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from hf_sai.launch import main as launch
 
 
 class Command(Protocol):
-    """What a module of `hf_sai.commands` has."""
+    """The interface of a module of `hf_sai.commands`."""
 
     NAME: str  # the word after `hf-sai`
     HELP: str  # one line
@@ -23,7 +23,7 @@ class Command(Protocol):
     def add_arguments(self, parser: argparse.ArgumentParser, /) -> None: ...
 
     def run(self, args: argparse.Namespace, /) -> None:
-        """Print the result. Bad input is a ValueError or OSError whose message says it all."""
+        """Print the result. For bad input, raise a ValueError or OSError with a complete message."""
 
 
 COMMANDS: tuple[Command, ...] = (bench, gsnr, score)
@@ -33,15 +33,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `hf-sai` and return its exit code.
 
     Args:
-        argv: The arguments, without the program's name; None for those of the process.
+        argv: the arguments, without the program's name. None uses the arguments of the process.
 
     Returns:
-        0; 130 after Ctrl-C; 1 if the input was bad or a package is missing, after one line on stderr with the remedy.
+        0 on success, 130 after Ctrl-C. 1 if the input is bad or a package is missing; then stderr has one line with the
+        remedy.
 
     Raises:
         SystemExit: with 2 after a usage error, with 0 after `--help` and `--version`.
     """
-    parser = argparse.ArgumentParser(prog="hf-sai", description="Tools around the SGD-SaI optimizer.")
+    parser = argparse.ArgumentParser(prog="hf-sai", description="Tools for the SGD-SaI optimizer.")
     parser.add_argument("--version", action="version", version=f"hf_sai {hf_sai.__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     subparsers.add_parser("launch", help="run a script or command where optim='sgd_sai' is valid", add_help=False)
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["launch"]:
-        launch(words[1:])  # whose errors are the script's own
+        launch(words[1:])  # errors are those of the script
         return 0
     args = parser.parse_args(words)
     chosen: Command = args.command

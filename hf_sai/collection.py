@@ -1,4 +1,4 @@
-"""Collects the blocks of a step: what has a gradient, its state, and how blocks fall into batches."""
+"""Collects the blocks of a step: finds those with a gradient, allocates their state and groups them into batches."""
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ States = MutableMapping[Tensor, State]
 
 
 class Collector:
-    """The batches of an optimizer's groups. They are made again when parameters or state have been replaced."""
+    """The batches of an optimizer's groups. They are rebuilt when parameters or state have been replaced."""
 
     def __init__(self, partitions: Partitions) -> None:
         self.partitions = partitions
@@ -29,7 +29,7 @@ class Collector:
     def work(
         self, group: dict[str, Any], groups: Sequence[dict[str, Any]], states: States
     ) -> "Iterator[Work | Prepared]":
-        """The batches of a group with their gradients; blocks without a gradient are left out.
+        """Yield the batches of a group with their gradients. Blocks without a gradient are skipped.
 
         Raises:
             ValueError: for a parameter or a gradient that SGDSaI cannot train with.
@@ -45,12 +45,12 @@ class Collector:
                 yield Work(group, batch, grads)
                 continue
             for single, g in zip(batch.singles(), grads, strict=True):
-                # A process without a gradient still joins the collectives of a sharded block.
+                # A process without a gradient must still take part in the collectives of a sharded block.
                 if g is not None or single.sharded:
                     yield Work(group, single, [g])
 
     def _prepared(self, group: dict[str, Any], held: GroupBatches) -> "Prepared | None":
-        """A step that measures nothing, by the fused path; None where it has to be another one."""
+        """The group prepared for the fused path and a step that measures nothing, or None if that is impossible."""
         window = WINDOW if group["scaling"] == "adamw" else 1
         if group["foreach"] or group["fused"] is False or not held.is_plain or not held.is_settled(window):
             return None
@@ -67,12 +67,12 @@ class Collector:
     def work_of(
         self, group: dict[str, Any], index: int, groups: Sequence[dict[str, Any]], states: States
     ) -> list[Work]:
-        """One parameter of a group."""
+        """The work for one parameter of a group."""
         singles = self.batches(group, groups, states).at.get(index, [])
         return [Work(group, single, self._gradients(group, single)) for single in singles]
 
     def batches(self, group: dict[str, Any], groups: Sequence[dict[str, Any]], states: States) -> GroupBatches:
-        """The batches of a group, all of whose parameters with a gradient have a state then."""
+        """The batches of a group. Every parameter with a gradient has a state afterwards."""
         held = self._batches.get(id(group))
         if held is None or not held.is_current(group, states):
             held = self._batches[id(group)] = self._make(group, groups, states)
@@ -118,7 +118,7 @@ class Collector:
             if p.grad is None and "scale" not in states.get(p, {}) and not (p.requires_grad and is_sharded(p)):
                 idle.append(p)
                 continue
-            # Whatever can fail does so before the state is changed.
+            # Everything that can fail does so before the state changes.
             state = states.get(p, {})
             begun = "momentum_buffer" in state
             self.allocate(state, group, i)
@@ -132,7 +132,7 @@ class Collector:
         return GroupBatches(group, members, idle)
 
     def allocate(self, state: State, group: dict[str, Any], index: int) -> None:
-        """Add to the state of a parameter what is missing in it."""
+        """Add the missing entries to the state of a parameter."""
         p = group["params"][index]
         if "scale" not in state:
             self.partitions.recognise(group, index)
@@ -143,7 +143,7 @@ class Collector:
 def block_states(
     groups: Sequence[dict[str, Any]], states: Mapping[Tensor, State], partitions: Partitions
 ) -> list[tuple[str, Tensor, State]]:
-    """Every block as (index in the param groups, parameter of the model, state); states may be empty."""
+    """Every block as (index in the param groups, parameter of the model, state). A state may be empty."""
     rows: list[tuple[str, Tensor, State]] = []
     for i, group in enumerate(groups):
         for j, p in enumerate(group["params"]):
@@ -158,20 +158,22 @@ def block_states(
 
 def _check_dense(grad: Tensor | None, name: str) -> None:
     if grad is not None and grad.layout is not torch.strided:
-        raise ValueError(f"SGDSaI needs dense gradients, {name} has a sparse one; build its layer with sparse=False")
+        raise ValueError(
+            f"SGDSaI needs dense gradients, but {name} has a sparse one; build its layer with sparse=False"
+        )
 
 
 def check_group_params(group: dict[str, Any]) -> None:
-    """Raise ValueError for a parameter that cannot be trained, or not in the way that the group asks for."""
+    """Raise ValueError for a parameter that cannot be trained, or cannot be trained with the options of its group."""
     check_parameters(group)
     check_whole_model(group)
     for i, p in enumerate(group["params"]):
         if group["fused"] and (reason := why_not_fused(p)):
-            raise ValueError(f"fused=True is impossible for {block_name(group, i)}: {reason}; leave it None")
+            raise ValueError(f"fused=True is impossible for {block_name(group, i)}: {reason}; set it to None")
 
 
 def largest_gsnr(groups: Sequence[dict[str, Any]], states: Mapping[Tensor, State]) -> float:
-    """The largest g-SNR of the calibrated blocks with ``scaling="max"``, 0.0 if there is none."""
+    """The largest g-SNR of the calibrated blocks with ``scaling="max"``, or 0.0 if there are none."""
     params = [p for group in groups if group["scaling"] == "max" for p in group["params"]]
     return max((float(states[p]["gsnr"].max()) for p in params if "gsnr" in states.get(p, {})), default=0.0)
 
@@ -181,7 +183,7 @@ class Prepared(NamedTuple):
 
     Attributes:
         group: the param group.
-        blocks: all its blocks, as the fused path holds them.
+        blocks: all its blocks, prepared for the fused path.
         grads: their gradients.
     """
 
@@ -191,7 +193,7 @@ class Prepared(NamedTuple):
 
 
 def update(work: Sequence[Work | Prepared]) -> None:
-    """Update every block that has a gradient and is calibrated, or decays only because its gradient is zero."""
+    """Update every calibrated block that has a gradient. An uncalibrated block with a zero gradient only decays."""
     batches: dict[tuple[int, Hyper], list[Blocks]] = {}
     groups = {id(w.group): w.group for w in work}
     for w in work:
@@ -202,7 +204,7 @@ def update(work: Sequence[Work | Prepared]) -> None:
             continue
         for part in _in_phase(w):
             grads = [g for g in part.grads if g is not None]
-            # At a learning rate of 0, as in the dummy step of torch.distributed.checkpoint, nothing can change.
+            # With a learning rate of 0, as in the dummy step of torch.distributed.checkpoint, nothing can change.
             waits = not part.batch.members[0].count and (part.kinds[0] == "nonfinite" or not float(w.group["lr"]))
             if grads and grads[0].numel() and not waits:
                 batches.setdefault((id(w.group), _hyper(w.group, part.weight())), []).append(part.batch.blocks(grads))
@@ -214,7 +216,7 @@ def update(work: Sequence[Work | Prepared]) -> None:
 
 
 def _in_phase(w: Work) -> Sequence[Work]:
-    """The same blocks in batches whose gradients have one weight in their momentum."""
+    """The same blocks, split into batches whose gradients all have the same weight in the momentum."""
     if len(w.kinds) == 1 or (w.batch.is_uniform() and len(set(w.kinds)) == 1):
         return (w,)
     parts = [Work(w.group, single, [g]) for single, g in zip(w.batch.singles(), w.grads, strict=True)]
@@ -224,7 +226,7 @@ def _in_phase(w: Work) -> Sequence[Work]:
 
 
 def _hyper(group: dict[str, Any], weight: float) -> Hyper:
-    """What the update of some blocks needs besides their tensors."""
+    """The hyper-parameters of an update."""
     limit = TOKEN_LIMIT if group["token_rows"] else LIMIT
     return Hyper(
         lr=group["lr"] if isinstance(group["lr"], Tensor) else float(group["lr"]),

@@ -1,4 +1,4 @@
-"""The optimizer that training arguments describe: as class and kwargs, or made, with its scheduler."""
+"""Makes the optimizer from training arguments: either its class and kwargs, or the optimizer and its scheduler."""
 
 import warnings
 from collections.abc import Iterable
@@ -19,22 +19,24 @@ OPTIM_NAME = "sgd_sai"
 
 
 def sgd_sai_from_args(args: TrainingArguments, model: nn.Module | None = None) -> tuple[type[SGDSaI], dict[str, Any]]:
-    """The optimizer that training arguments describe, for ``Trainer(optimizer_cls_and_kwargs=...)``.
+    """Make the optimizer's class and kwargs from training arguments, for ``Trainer(optimizer_cls_and_kwargs=...)``.
 
     Args:
-        args: ``learning_rate``, ``weight_decay`` and ``optim_args`` are read, nothing else: the Adam betas do not
-            apply. ``optim_args`` is a string such as ``"momentum=0.9,momentum_dtype=bfloat16"`` or a mapping; its keys
-            are the other hyper-parameters of :class:`SGDSaI`, whose defaults hold.
-        model: the model to train. With it the class names the parameters in the groups that a Trainer passes, finds
-            the token rows among them (see :func:`hf_sai.param_groups`) and compares a resumed run with its checkpoint.
-            Without it none of this is possible.
+        args: only ``learning_rate``, ``weight_decay`` and ``optim_args`` are used. The Adam betas do not apply.
+            ``optim_args`` is a string such as ``"momentum=0.9,momentum_dtype=bfloat16"`` or a mapping. Its keys are the
+            other hyper-parameters of :class:`SGDSaI`, with the same defaults.
+        model: the model to train. With it, the class names the parameters in the Trainer's groups, marks their token
+            rows (see :func:`hf_sai.param_groups`) and compares a resumed run with its checkpoint. Without it, the class
+            does none of this.
 
     Returns:
-        The class and its keyword arguments: :class:`SGDSaI`, or with ``model`` a class that makes plain ``SGDSaI``.
+        The class and its keyword arguments. The class is :class:`SGDSaI`, or with ``model`` a class that makes plain
+        ``SGDSaI``.
 
     Raises:
-        ValueError: for an unknown key or a bad value in ``optim_args``; the message names it and lists what is valid.
-            Also for ``release_gradients=true``, which needs the model: use :func:`create_sgd_sai` or ``SaITrainer``.
+        ValueError: for an unknown key or an invalid value in ``optim_args``. The message names it and lists the valid
+            ones. Also for ``release_gradients=true``, which needs the model: use :func:`create_sgd_sai` or
+            ``SaITrainer``.
 
     Example:
         >>> sgd_sai_from_args(TrainingArguments("out", learning_rate=2e-4, optim_args="momentum=0.95"))
@@ -51,23 +53,24 @@ def sgd_sai_from_args(args: TrainingArguments, model: nn.Module | None = None) -
 
 
 def create_sgd_sai(model: nn.Module, args: TrainingArguments, num_training_steps: int) -> tuple[SGDSaI, LRScheduler]:
-    """The optimizer and the scheduler that a Trainer would make, for ``Trainer(optimizers=...)`` and bare loops.
+    """Make the optimizer and scheduler that a Trainer would make, for ``Trainer(optimizers=...)`` and bare loops.
 
-    In a loop with an ``Accelerator``, build the arguments first: they reset accelerate's state. A loop without training
-    arguments uses :func:`hf_sai.param_groups`.
+    In a loop with an ``Accelerator``, build the arguments first, because they reset accelerate's state. In a loop
+    without training arguments, use :func:`hf_sai.param_groups`.
 
     Args:
-        model: its parameters with ``requires_grad`` are trained; biases and normalisation weights are not decayed.
-        args: read as by :func:`sgd_sai_from_args`; for the scheduler also ``lr_scheduler_type``, its kwargs and the
+        model: the model to train. Its parameters with ``requires_grad`` are trained. Biases and normalisation weights
+            have no weight decay.
+        args: used as in :func:`sgd_sai_from_args`. The scheduler also uses ``lr_scheduler_type``, its kwargs and the
             warm-up.
-        num_training_steps: optimizer steps in the whole run, at least 1.
+        num_training_steps: the number of optimizer steps in the whole run, at least 1.
 
     Returns:
         The optimizer and the scheduler. The scheduler takes one step after each optimizer step.
 
     Raises:
-        ValueError: as :func:`sgd_sai_from_args`; for ``num_training_steps`` below 1; for arguments that
-            ``release_gradients=true`` excludes.
+        ValueError: as in :func:`sgd_sai_from_args`. Also for ``num_training_steps`` below 1, and for arguments that
+            do not work with ``release_gradients=true``.
 
     Example:
         >>> trainer = Trainer(model, args, optimizers=create_sgd_sai(model, args, num_training_steps=1000))
@@ -76,7 +79,7 @@ def create_sgd_sai(model: nn.Module, args: TrainingArguments, num_training_steps
     _check_args(args)
     if num_training_steps < 1:
         raise ValueError(f"num_training_steps must be at least 1, got {num_training_steps}")
-    # An instance method that reads nothing of its instance.
+    # This instance method does not use its instance.
     decayed = Trainer.get_decay_parameter_names(None, model)  # type: ignore[arg-type]
     groups = param_groups(model, args.weight_decay, decay_parameters=decayed)
     optimizer = class_for(model)(groups, **kwargs_from_args(args))
@@ -92,7 +95,7 @@ def create_sgd_sai(model: nn.Module, args: TrainingArguments, num_training_steps
 
 
 def kwargs_from_args(args: TrainingArguments) -> dict[str, Any]:
-    """The keyword arguments of :class:`SGDSaI`; ``release_gradients`` is none of them."""
+    """The keyword arguments of :class:`SGDSaI`, without ``release_gradients``."""
     _check_args(args)
     parsed = parse_optim_args(args.optim_args)
     parsed.pop("release_gradients", None)
@@ -111,10 +114,10 @@ def _check_args(args: Any) -> None:
 
 
 def class_for(model: nn.Module | None) -> type[SGDSaI]:
-    """``SGDSaI``; for a model, a class that makes one whose groups have names and the model's token rows.
+    """Return ``SGDSaI``, or for a model a class that makes an SGDSaI with parameter names and token rows.
 
-    transformers takes nothing but a class here. Groups in the kwargs (``"params"``, as for GaLore) would replace those
-    that a subclass of Trainer has built by its own rules; so whatever groups come are kept.
+    transformers requires a class here. Groups in the kwargs (``"params"``, as for GaLore) would replace those that a
+    subclass of Trainer builds by its own rules, so this class keeps the groups that it receives.
     """
     if model is None:
         return SGDSaI
@@ -129,18 +132,18 @@ def class_for(model: nn.Module | None) -> type[SGDSaI]:
 
 
 def release_if_asked(optimizer: SGDSaI, model: nn.Module, args: TrainingArguments) -> None:
-    """Release gradients where ``optim_args`` asks for it; ValueError where the other arguments exclude it."""
+    """Release gradients if ``optim_args`` requests it. Raise ValueError if the other arguments exclude it."""
     if not parse_optim_args(args.optim_args).get("release_gradients") or optimizer.releases_gradients:
         return
     reasons = {
-        f"gradient_accumulation_steps={args.gradient_accumulation_steps}: parameters would move between micro-batches; "
+        f"gradient_accumulation_steps={args.gradient_accumulation_steps}: parameters change between micro-batches; "
         "set it to 1": args.gradient_accumulation_steps > 1,
         f"max_grad_norm={args.max_grad_norm}: the norm is known only after the last gradient; set it to 0": (
             (args.max_grad_norm or 0) > 0
         ),
         "fp16=True: an overflow is known only after the last gradient; use bf16": args.fp16,
-        f"{args.world_size} processes, whose gradients are reduced later; train on one": args.world_size > 1,
-        f"{args.n_gpu} GPUs in one process; set CUDA_VISIBLE_DEVICES to one": args.n_gpu > 1,
+        f"{args.world_size} processes: gradients are reduced later; train on one": args.world_size > 1,
+        f"{args.n_gpu} GPUs in one process; set CUDA_VISIBLE_DEVICES to one GPU": args.n_gpu > 1,
     }
     for reason, applies in reasons.items():
         if applies:
@@ -149,14 +152,14 @@ def release_if_asked(optimizer: SGDSaI, model: nn.Module, args: TrainingArgument
 
 
 def _warn_if_nothing_will_train(args: TrainingArguments, scaling: str | None) -> None:
-    """Warn of a learning rate left at its default, which is in AdamW's units, where the units are the paper's."""
+    """Warn if the learning rate is still the default, which is in AdamW's units, but the scaling has the paper's."""
     remedies = {"raw": "1e-2 for full fine-tuning, 1e-3 to 3e-2 for LoRA", "max": "1.0"}
     defaults = {5e-5, type(args).__dataclass_fields__["learning_rate"].default}
     if scaling not in remedies or args.learning_rate not in defaults:
         return
     warnings.warn(
         f"learning_rate is still at its default of {args.learning_rate:g}, which is in AdamW's units; "
-        f"scaling={scaling} has the paper's, in which nothing will train at that rate. "
-        f"Set learning_rate (start from {remedies[scaling]}), or leave scaling out of optim_args for AdamW's units.",
+        f"scaling={scaling} uses the paper's units, in which the model would not train at that rate. "
+        f"Set learning_rate (start from {remedies[scaling]}), or remove scaling from optim_args to use AdamW's units.",
         stacklevel=4,
     )

@@ -1,7 +1,7 @@
-"""The fused path: prepares what the Triton kernels need, and launches them without waiting for the device.
+"""The fused path: prepares the input of the Triton kernels and launches them without waiting for the device.
 
-A launch covers all blocks of one combination of dtypes. Their addresses are in a table on the device, which is copied
-again only when it has changed. Nothing is copied back.
+One launch updates all blocks with the same combination of dtypes. Their addresses are in a table on the device. The
+table is copied again only when it has changed. Nothing is copied back.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,11 +18,11 @@ from hf_sai.kernels import Blocks
 from hf_sai.options import Hyper
 from hf_sai.triton_kernels import combine_kernel, moments_kernel, update_kernel
 
-# Elements that one program updates, those it holds in registers at once, and its warps.
+# The number of elements that one program updates, the number that it holds in registers at once, and its warps.
 TILE = 8192
 PIECE = 1024
 WARPS = 4
-_COLUMNS = 11  # of the table
+_COLUMNS = 11  # the number of columns of the table
 _KEPT_TABLES = 8
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -35,18 +35,18 @@ _TRITON_DTYPES = {
 
 
 def update_fused(many: Sequence[Blocks], hyper: Hyper) -> None:
-    """Update contiguous blocks: one launch for each combination of dtypes, without host synchronisation.
+    """Update contiguous blocks with one launch for each combination of dtypes, without host synchronisation.
 
-    Under CUDA graph capture an ``lr`` that is to change must be a tensor on the device.
+    Under CUDA graph capture, an ``lr`` that changes later must be a tensor on the device.
     """
     FusedBlocks(many).update([g for b in many for g in b.grads], hyper)
 
 
 class FusedBlocks:
-    """Blocks whose addresses are looked up once; later steps ask only their gradients for theirs.
+    """Blocks whose addresses are looked up once. Later steps look up only the addresses of the gradients.
 
     Args:
-        many: blocks that fit the fused path.
+        many: blocks that the fused path can update.
     """
 
     def __init__(self, many: Sequence[Blocks]) -> None:
@@ -64,7 +64,7 @@ class FusedBlocks:
         self._tables: dict[tuple[int, ...], tuple[Tensor, bool]] = {}
 
     def takes(self, grads: Sequence[Tensor]) -> bool:
-        """Whether the parameters are where they were, and these gradients are contiguous and of the same dtypes."""
+        """Whether the parameters have the same addresses, and the gradients are contiguous and have the same dtypes."""
         return (
             [p.data_ptr() for p in self._params] == self._addresses
             and [g.dtype for g in grads] == self._grad_dtypes
@@ -72,7 +72,7 @@ class FusedBlocks:
         )
 
     def update(self, grads: Sequence[Tensor], hyper: Hyper) -> None:
-        """Update the blocks with gradients in the order of their parameters."""
+        """Update the blocks. The gradients are in the order of the parameters."""
         for device, p_dtype, g_dtype, m_dtype, has_columns, members, rows in self._launches:
             on_device = isinstance(hyper.lr, Tensor) and hyper.lr.device == device
             lr = 0.0 if on_device else float(hyper.lr)
@@ -82,7 +82,7 @@ class FusedBlocks:
                 update_kernel[(layout.programs,)](
                     table,
                     layout.tiles,
-                    hyper.lr if on_device else table,  # the table stands where lr is a number
+                    hyper.lr if on_device else table,  # the table is a placeholder if lr is a number
                     lr,
                     1 - lr * hyper.weight_decay,
                     float(hyper.weight_decay),
@@ -105,7 +105,7 @@ class FusedBlocks:
                 )
 
     def _table(self, device: torch.device, rows: Sequence[Any], addresses: list[int]) -> tuple[Tensor, bool]:
-        """The table of a launch; made again when an allocator has put gradients elsewhere."""
+        """The table of a launch. It is rebuilt if the addresses of the gradients have changed."""
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         key = tuple(addresses)
         if key in self._tables and not capturing:
@@ -118,7 +118,7 @@ class FusedBlocks:
 
 
 def _rows(b: Blocks) -> Iterator[tuple[int, ...]]:
-    """The rows of the table for some blocks, without the gradient's address; see ``update_kernel``."""
+    """The table rows of these blocks, without the address of the gradient; see ``update_kernel``."""
     momenta = [None] * len(b.params) if b.momentum is None else b.momentum.unbind()
     factors = [None] * len(b.params) if b.column_factor is None else b.column_factor.unbind()
     for p, m, s, factor in zip(b.params, momenta, b.scale.unbind(), factors, strict=True):
@@ -137,7 +137,7 @@ def _rows(b: Blocks) -> Iterator[tuple[int, ...]]:
 
 
 def _kind(b: Blocks, p: Tensor, s: Tensor) -> int:
-    """How the kernel finds the channel of an element: one for all, a row, a column, or a column of one of a stack."""
+    """The kind of channel for the kernel: the whole block, a row, a column, or a column of one matrix in a stack."""
     if s.numel() == 1 and b.column_factor is None:
         return -1
     if not b.rows:
@@ -146,7 +146,7 @@ def _kind(b: Blocks, p: Tensor, s: Tensor) -> int:
 
 
 def fits_fused(b: Blocks) -> bool:
-    """Whether the fused path can update these blocks: contiguous, and of dtypes that float32 holds."""
+    """Whether the fused path can update these blocks: they must be contiguous, with dtypes that fit in float32."""
     m = b.momentum
     if m is not None and not (m.dtype in _TRITON_DTYPES and m.is_contiguous()):
         return False
@@ -157,10 +157,12 @@ def fits_fused(b: Blocks) -> bool:
 
 
 def gradient_moments(grads: Sequence[Tensor]) -> list[tuple[float, float]]:
-    """The sum of each gradient and its sum of squares about its mean, in one pass, one host synchronisation a dtype.
+    """The sum of each gradient and its sum of squares about its mean.
+
+    This takes one pass, and one host synchronisation per device and dtype.
 
     Args:
-        grads: float32, bfloat16 or float16 tensors, each dense, with at least one element.
+        grads: dense float32, bfloat16 or float16 tensors with at least one element each.
     """
     results: dict[int, tuple[float, float]] = {}
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
@@ -184,14 +186,14 @@ def gradient_moments(grads: Sequence[Tensor]) -> list[tuple[float, float]]:
 
 
 class _Layout(NamedTuple):
-    """Which program does what, for blocks of given sizes."""
+    """The assignment of tiles to programs, for blocks of given sizes."""
 
     tiles: Tensor  # (programs, 2), int32
     first_tiles: Tensor  # (blocks + 1,), int32
     programs: int
 
 
-@cache  # never dropped: a CUDA graph may read it, and there are as many as models and their blocks' sizes
+@cache  # never dropped, because a CUDA graph may read it; there is one for each list of block sizes
 def _layout(numels: tuple[int, ...], tile: int, device: torch.device) -> _Layout:
     counts = torch.tensor([triton.cdiv(n, tile) for n in numels])
     first = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
@@ -201,11 +203,11 @@ def _layout(numels: tuple[int, ...], tile: int, device: torch.device) -> _Layout
 
 
 def _table(values: tuple[int, ...], device: torch.device) -> tuple[Tensor, bool]:
-    """``values`` on the device, without waiting for it, and whether all addresses in them allow loads of 16 bytes.
+    """Copy ``values`` to the device without waiting. Also return whether all addresses allow loads of 16 bytes.
 
-    What a CUDA graph reads must stay where it is for as long as the graph may be replayed, which nobody can know:
-    tables made under capture are kept. Their copy is part of the graph, from pinned memory, which was set aside by
-    the steps before, since memory cannot always be pinned under capture.
+    Memory that a CUDA graph reads must stay valid as long as the graph may be replayed. This time is unknown, so tables
+    made under capture are kept forever. The graph includes their copy from pinned memory. Earlier steps reserve the
+    pinned memory, because it cannot always be allocated under capture.
     """
     if device.type != "cuda":
         return torch.tensor(values, dtype=torch.int64, device=device), _aligned(values)
@@ -223,7 +225,7 @@ def _table(values: tuple[int, ...], device: torch.device) -> tuple[Tensor, bool]
 
 @lru_cache(maxsize=256)
 def _cached_table(values: tuple[int, ...], device: torch.device, stream: int) -> tuple[Tensor, bool]:
-    """A table by its content: optimizers see the same addresses again and again. One a stream, for its order."""
+    """A table, cached by its content, because the same addresses recur. Each stream has its own, to keep the order."""
     return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True), _aligned(values)
 
 
@@ -236,5 +238,5 @@ def _aligned(rows: Sequence[int]) -> bool:
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, wherever the tensors are."""
+    """Make ``device`` current, because Triton launches on the current device and not on that of the tensors."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

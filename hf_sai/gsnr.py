@@ -1,8 +1,8 @@
-"""The g-SNR of gradients, and the scales that the paper makes of it, with every edge case.
+"""The g-SNR of gradients and the paper's scales, including every edge case.
 
-The g-SNR of a block is ``||g||_2 / (std(g) + eps)`` (equation 11 of arXiv 2412.11768, with ``eps`` beside the
-standard deviation, where it does not change the answer for small gradients). The statistics of a block are those of
-its whole gradient, also where the gradient is a sharded ``DTensor``.
+The g-SNR of a block is ``||g||_2 / (std(g) + eps)`` (equation 11 of arXiv 2412.11768). ``eps`` is added to the standard
+deviation, so it does not change the result for small gradients. The statistics of a block are those of its whole
+gradient, even if the gradient is a sharded ``DTensor``.
 """
 
 import math
@@ -14,25 +14,26 @@ from torch import Tensor
 
 from hf_sai.shards import Segment, reduction_groups, to_local
 
-# Elements handled at once: small enough to stay in a CPU cache, large enough to fill a GPU.
+# The number of elements that are processed at once: small enough for a CPU cache, large enough to fill a GPU.
 _CPU_CHUNK = 1 << 18
 _GPU_CHUNK = 1 << 24
-# Below this share of its root mean square, a float32 standard deviation is rounding noise.
+# A float32 standard deviation below this fraction of the root mean square is rounding noise.
 _CONSTANT = 8 * torch.finfo(torch.float32).eps
-# Mean squares outside this range have lost digits (or all of them) in float32.
+# A mean square outside this range has lost some or all of its digits in float32.
 _SAFE_MEAN_SQUARE = (1e-30, 1e30)
 
 
 class BlockStatistics(NamedTuple):
-    """What one gradient says about its block.
+    """The statistics of one gradient.
 
     Attributes:
-        kind: ``"usable"``, ``"constant"`` (usable; its g-SNR is sqrt(d), because the standard deviation says nothing),
-            ``"zero"`` or ``"nonfinite"`` (neither of them calibrates a block).
+        kind: ``"usable"``, ``"constant"``, ``"zero"`` or ``"nonfinite"``. A constant gradient is usable. Its g-SNR is
+            set to sqrt(d), because its standard deviation is only rounding noise. A gradient that is zero or not finite
+            does not calibrate a block.
         numel: d, the number of elements of the whole block.
-        gsnr: the g-SNR, 0.0 where the gradient is not usable.
+        gsnr: the g-SNR, or 0.0 if the gradient is not usable.
         norm: the Euclidean norm of the gradient.
-        std: its unbiased standard deviation, 0.0 for one element.
+        std: the unbiased standard deviation of the gradient, 0.0 for one element.
     """
 
     kind: Literal["usable", "constant", "zero", "nonfinite"]
@@ -42,7 +43,7 @@ class BlockStatistics(NamedTuple):
     std: float
 
 
-# From local gradients to the sum and the sum of squares about the mean of those that it can measure, by their index.
+# A function that maps the indices of the local gradients that it can measure to (sum, sum of squares about the mean).
 Moments = Callable[[Sequence[Tensor | None]], dict[int, tuple[float, float]]]
 
 
@@ -52,25 +53,25 @@ def measure(
     eps: Sequence[float],
     moments: Moments = lambda grads: {},
 ) -> list[BlockStatistics]:
-    """The statistics of each gradient: two passes in float32 and two host synchronisations in total.
+    """Compute the statistics of each gradient, with two passes in float32 and two host synchronisations in total.
 
-    A gradient that is a sharded ``DTensor`` is reduced over every mesh dimension it is split on, one collective a pass
-    and group of processes, however many blocks there are. Every process must therefore pass the same sharded
-    ``params`` in the same order; ``None`` as the gradient of one stands for zeros on this process.
+    A sharded ``DTensor`` gradient is reduced over every mesh dimension on which it is split. Each pass needs one
+    collective per process group for any number of blocks. So every process must pass the same sharded ``params`` in the
+    same order. If the gradient of such a block is ``None``, it counts as zeros on this process.
 
     Args:
-        params: the blocks, any shape, real floating point; sharded ones as DTensor or Segment.
+        params: the blocks, real floating-point tensors of any shape. Sharded blocks are a DTensor or a Segment.
         grads: their gradients, each with its block's shape and placements, or ``None``.
-        eps: what is added to each standard deviation, in units of the gradient.
-        moments: measures gradients in a faster way, as the fused path does; those that it leaves out are measured here.
+        eps: added to each standard deviation, in units of the gradient.
+        moments: a faster way to measure gradients, such as the fused path. The other gradients are measured here.
 
     Returns:
-        One :class:`BlockStatistics` a block, the same on every process.
+        One :class:`BlockStatistics` per block, the same on every process.
     """
     numels = [p.numel() for p in params]
     locals_ = [None if g is None else dense_view(to_local(g.detach())) for g in grads]
 
-    known = moments(locals_)
+    measured = moments(locals_)
 
     def sums(
         which: Sequence[int], moment: Callable[[int, Tensor], list[Tensor]], given: dict[int, float]
@@ -80,12 +81,12 @@ def measure(
         return sum_over_processes([params[i] for i in which], own)
 
     everything = range(len(params))
-    totals = sums(everything, lambda i, g: [g.sum(dtype=_accumulator(g))], {i: x for i, (x, _) in known.items()})
+    totals = sums(everything, lambda i, g: [g.sum(dtype=_accumulator(g))], {i: x for i, (x, _) in measured.items()})
     means = [t / n if n else 0.0 for t, n in zip(totals, numels, strict=True)]
     missing = {i: to_local(p).numel() for i, (p, g) in enumerate(zip(params, locals_, strict=True)) if g is None}
     shifted = {
         i: squares + g.numel() * (total / g.numel() - means[i]) ** 2
-        for i, (total, squares) in known.items()
+        for i, (total, squares) in measured.items()
         if (g := locals_[i]) is not None
     }
     shifted |= {i: n * means[i] ** 2 for i, n in missing.items()}
@@ -93,7 +94,8 @@ def measure(
 
     low, high = _SAFE_MEAN_SQUARE
     doubtful = [i for i in everything if numels[i] and not low < centred[i] / numels[i] + means[i] ** 2 < high]
-    # Exactly zero, overflown, underflown or not finite: the largest magnitude tells, then float64 measures.
+    # These are exactly zero, not finite, or have overflowed or underflowed. The largest magnitude shows which. Finite
+    # nonzero gradients are measured again in float64.
     if doubtful:
         largest = sums(doubtful, lambda i, g: [_largest_magnitude(g)], {})
         again = [i for i, x in zip(doubtful, largest, strict=True) if math.isfinite(x) and x > 0]
@@ -109,11 +111,11 @@ def measure(
 
 
 def measure_stacked(grads: Tensor, eps: float) -> list[BlockStatistics]:
-    """The statistics of many small gradients of one shape, in float64, with one host synchronisation.
+    """Compute the statistics of many small gradients of one shape, in float64, with one host synchronisation.
 
     Args:
         grads: (blocks, *shape of a block).
-        eps: what is added to each standard deviation, in units of the gradient.
+        eps: added to each standard deviation, in units of the gradient.
     """
     flat = grads.reshape(len(grads), -1).double()
     totals = flat.sum(1)
@@ -123,10 +125,10 @@ def measure_stacked(grads: Tensor, eps: float) -> list[BlockStatistics]:
 
 
 def paper_scales(gsnrs: Sequence[float], scaling: str, largest: float = 0.0) -> list[float]:
-    """What multiplies the learning rate of each block under the paper's scalings.
+    """The factor of each block's learning rate under the paper's scalings.
 
     Args:
-        gsnrs: of usable blocks that are calibrated in the same step.
+        gsnrs: the g-SNRs of usable blocks that are calibrated in the same step.
         scaling: ``"raw"`` (the g-SNR itself) or ``"max"`` (divided by the largest g-SNR, line 14 of Algorithm 1).
         largest: for ``"max"``, the largest g-SNR of the blocks calibrated in earlier steps.
     """
@@ -137,14 +139,14 @@ def paper_scales(gsnrs: Sequence[float], scaling: str, largest: float = 0.0) -> 
 
 
 def dense_view(tensor: Tensor) -> Tensor:
-    """``tensor`` as one dimension, its elements in the order of memory; a copy only where it has holes."""
+    """``tensor`` in one dimension, with its elements in memory order. It is a copy only if ``tensor`` has gaps."""
     if not tensor.is_contiguous():
         tensor = tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
     return tensor.reshape(-1)
 
 
 def chunks(tensor: Tensor) -> Iterator[Tensor]:
-    """Pieces of a one-dimensional tensor of the size that suits its device."""
+    """Split a one-dimensional tensor into pieces of a size that suits its device."""
     return iter(torch.split(tensor, _chunk_size(tensor.device)))
 
 
@@ -157,7 +159,7 @@ def _accumulator(grad: Tensor) -> torch.dtype:
 
 
 def _centred_squares(grad: Tensor, mean: float, dtype: torch.dtype) -> list[Tensor]:
-    """The sums of ``(g - mean)^2`` over the chunks of ``grad``, with scratch space of one chunk."""
+    """The sums of ``(g - mean)^2`` over each chunk of ``grad``, with scratch space for one chunk."""
     sums = []
     scratch = torch.empty(min(grad.numel(), _chunk_size(grad.device)), dtype=dtype, device=grad.device)
     for chunk in chunks(grad):
@@ -174,7 +176,7 @@ def _largest_magnitude(grad: Tensor) -> Tensor:
 
 
 def _to_host(parts: Sequence[Sequence[Tensor]]) -> list[list[float]]:
-    """The values of many scalar tensors, with one synchronisation a device."""
+    """The values of many scalar tensors, with one synchronisation per device."""
     by_device: dict[torch.device, list[Tensor]] = {}
     for part in parts:
         for x in part:
@@ -184,7 +186,7 @@ def _to_host(parts: Sequence[Sequence[Tensor]]) -> list[list[float]]:
 
 
 def sum_over_processes(params: Sequence[Tensor | Segment], values: list[float]) -> list[float]:
-    """``values`` summed over the processes that hold different shards of the same block, one collective a group."""
+    """Sum ``values`` over the processes that hold different shards of the same block, with one collective per group."""
     for group, (members, device) in reduction_groups(params).items():
         vector = torch.tensor([values[i] for i in members], dtype=torch.float64, device=device)
         torch.distributed.all_reduce(vector, group=group)
@@ -198,7 +200,7 @@ def _statistics(numel: int, total: float, centred: float, eps: float) -> BlockSt
         return BlockStatistics("zero", 0, 0.0, 0.0, 0.0)
     if not (math.isfinite(total) and math.isfinite(centred)):
         return BlockStatistics("nonfinite", numel, 0.0, math.nan, math.nan)
-    # Both terms are positive: no digits cancel, unlike in E[g^2] - E[g]^2.
+    # Both terms are positive, so no digits cancel. They would in E[g^2] - E[g]^2.
     norm = math.sqrt(centred + total * total / numel)
     if norm == 0.0:
         return BlockStatistics("zero", numel, 0.0, 0.0, 0.0)

@@ -1,4 +1,4 @@
-"""Figures of a record of g-SNR: by kind of block, over time, and the drift of the scales (the paper's Figures 3, 4)."""
+"""Figures of a g-SNR record: by kind of block, over time, and the drift of the scales (the paper's Figures 3 and 4)."""
 
 import math
 import statistics
@@ -12,28 +12,28 @@ from hf_sai.plots import _figure, _plain, _plain_ticks, _save
 _COLOURS = {kind: f"C{i}" for i, kind in enumerate(KINDS[:10])} | dict(
     zip(KINDS[10:], ("0.3", "black", "0.6"), strict=True)
 )
-# Many kinds share one line: those drawn first are wider, so that they show beside those on top of them.
+# The lines of many kinds coincide. Lines that are drawn first are wider, so that they stay visible under the others.
 _WIDTHS = {kind: 5.0 - 0.4 * i for i, kind in enumerate(KINDS)}
-# Over time two kinds of one size have one line, step by step: every second one has gaps.
+# Over time, the lines of two kinds of the same size coincide, so every second kind has a dashed line.
 _STYLES = {kind: ("-", (0, (6, 3)))[i % 2] for i, kind in enumerate(KINDS)}
 
 
 def plot_kinds(blocks: Sequence[Mapping[str, Any]], path: str | Path, title: str = "g-SNR by kind of block") -> Path:
-    """Draw the g-SNR of every block above its kind (the paper's Figure 3), and beside it g-SNR / sqrt(d).
+    """Plot the g-SNR of every block above its kind (the paper's Figure 3), and next to it g-SNR / sqrt(d).
 
-    The colour tells the layer, from the first (dark) to the last (light); a cross is a block outside the layers.
+    The colour shows the layer, from the first (dark) to the last (light). A cross is a block outside the layers.
 
     Args:
-        blocks: mappings with ``kind``, ``layer``, ``numel`` and ``gsnr``, as those of a record; a block whose ``gsnr``
-            is ``None`` is left out.
-        path: the image to write; its suffix says the format (.png, .pdf, .svg).
-        title: above the axes.
+        blocks: mappings with ``kind``, ``layer``, ``numel`` and ``gsnr``, like those of a record. A block whose
+            ``gsnr`` is ``None`` is ignored.
+        path: the image file to write. Its suffix determines the format (.png, .pdf, .svg).
+        title: the title above the axes.
 
     Returns:
-        The path, once the whole file is there.
+        The path, after the whole file has been written.
 
     Raises:
-        ValueError: when no block has a g-SNR.
+        ValueError: if no block has a g-SNR.
     """
     blocks = [block for block in blocks if block["gsnr"] is not None]
     if not blocks:
@@ -48,13 +48,13 @@ def plot_kinds(blocks: Sequence[Mapping[str, Any]], path: str | Path, title: str
             ("x", [b for b in blocks if b["layer"] is None]),
             ("o", [b for b in blocks if b["layer"] is not None]),
         ):
-            places = [kinds.index(b["kind"]) + _aside(b["layer"], deepest) for b in chosen]
+            offsets = [kinds.index(b["kind"]) + _aside(b["layer"], deepest) for b in chosen]
             values = [value(b) for b in chosen]
             if mark == "x":
-                panel.scatter(places, values, marker="x", s=36, color="C3", label="outside the layers")
+                panel.scatter(offsets, values, marker="x", s=36, color="C3", label="outside the layers")
             else:
                 layers = [b["layer"] for b in chosen]
-                inside = panel.scatter(places, values, s=22, c=layers, cmap="viridis", vmin=0, vmax=max(deepest, 1))
+                inside = panel.scatter(offsets, values, s=22, c=layers, cmap="viridis", vmin=0, vmax=max(deepest, 1))
         panel.set_xticks(range(len(kinds)), kinds, rotation=30, ha="right")
         panel.set_xlim(-0.6, len(kinds) - 0.4)
         panel.grid(alpha=0.3)
@@ -74,19 +74,19 @@ def plot_kinds(blocks: Sequence[Mapping[str, Any]], path: str | Path, title: str
 
 
 def plot_over_time(record: Mapping[str, Any], path: str | Path) -> Path:
-    """Draw g-SNR against the step for a shallow, a middle and a deep layer and for what is outside (Figure 4).
+    """Plot g-SNR against the step for a shallow, a middle and a deep layer, and other blocks (the paper's Figure 4).
 
-    Below each, g-SNR / sqrt(d) of the same blocks. One line a block, one colour a kind.
+    The panels below show g-SNR / sqrt(d) of the same blocks. There is one line per block and one colour per kind.
 
     Args:
-        record: of :class:`hf_sai.GSNRCallback`.
-        path: the image to write; its suffix says the format.
+        record: a record of :class:`hf_sai.GSNRCallback`.
+        path: the image file to write. Its suffix determines the format.
 
     Returns:
-        The path, once the whole file is there.
+        The path, after the whole file has been written.
 
     Raises:
-        ValueError: when the record has no measurement.
+        ValueError: if the record has no measurement.
     """
     _check(record)
     layers = sorted({block["layer"] for block in record["blocks"] if block["layer"] is not None})
@@ -123,25 +123,26 @@ def plot_over_time(record: Mapping[str, Any], path: str | Path) -> Path:
 
 
 def plot_drift(record: Mapping[str, Any], path: str | Path) -> Path:
-    """Draw, for each kind, the scale that a re-calibration at a step would give, in units of the kept one.
+    """Plot the drift of each kind: the scale that a re-calibration at a step would give, divided by the current scale.
 
-    Left the scale as a whole; right without the factor that all blocks have in common (their geometric mean), which a
-    learning rate could make up for. A line is the median of the kind's blocks, the band spans them all.
+    The left panel shows the whole drift. The right panel removes the common factor of all blocks (their geometric
+    mean), which the learning rate could compensate for. A line is the median of the kind's blocks, and the band is
+    their range.
 
     Args:
-        record: of :class:`hf_sai.GSNRCallback`.
-        path: the image to write; its suffix says the format.
+        record: a record of :class:`hf_sai.GSNRCallback`.
+        path: the image file to write. Its suffix determines the format.
 
     Returns:
-        The path, once the whole file is there.
+        The path, after the whole file has been written.
 
     Raises:
-        ValueError: when the record has no drift, as that of an optimizer other than SGDSaI.
+        ValueError: if the record has no drift, because the optimizer was not SGDSaI.
     """
     _check(record)
     blocks = [block for block in record["blocks"] if block["drift"] is not None]
     if not blocks:
-        raise ValueError("the record has no drift: it is of an optimizer that keeps no scales")
+        raise ValueError("the record has no drift: it is from an optimizer without scales")
     common = common_drift(record)
     figure = _figure(12, 5)
     panels = figure.subplots(1, 2)
@@ -174,12 +175,12 @@ def plot_drift(record: Mapping[str, Any], path: str | Path) -> Path:
 
 
 def common_drift(record: Mapping[str, Any]) -> list[float]:
-    """The geometric mean over blocks of the drift at each step; 1.0 where no block has one."""
-    found = []
+    """The geometric mean of the drift over blocks at each step, or 1.0 if no block has a drift."""
+    means = []
     for i in range(len(record["steps"])):
         logs = [math.log(b["drift"][i]) for b in record["blocks"] if b["drift"] and b["drift"][i]]
-        found.append(math.exp(statistics.fmean(logs)) if logs else 1.0)
-    return found
+        means.append(math.exp(statistics.fmean(logs)) if logs else 1.0)
+    return means
 
 
 def _check(record: Mapping[str, Any]) -> None:
@@ -196,5 +197,5 @@ def _to_sqrt(block: Mapping[str, Any]) -> float:
 
 
 def _aside(layer: int | None, deepest: int) -> float:
-    """Places the layers of a kind beside each other, what is outside them to the left."""
+    """The horizontal offset of a block: the layers of a kind are side by side, and other blocks are to their left."""
     return -0.33 if layer is None else -0.2 + 0.5 * layer / max(deepest, 1)

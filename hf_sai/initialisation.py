@@ -1,4 +1,4 @@
-"""Fresh weights by one of the classic schemes, to see what they do to g-SNR."""
+"""Initializes weights with one of the classic schemes, to show their effect on g-SNR."""
 
 import torch
 from torch import nn
@@ -8,19 +8,19 @@ SCHEMES = ("default", "xavier", "kaiming", "orthogonal")
 
 @torch.no_grad()
 def initialise(model: nn.Module, scheme: str) -> None:
-    """Redraw the weights of every linear layer, in place, with torch's random numbers.
+    """Initialize the weights of every linear layer again, in place, with torch's random numbers.
 
-    Embeddings, output projections tied to them, norms and biases keep what the model gave them, so that the schemes
-    differ in the linear layers alone.
+    Embeddings, output projections tied to them, norms and biases keep their values, so the schemes differ only in the
+    linear layers.
 
     Args:
-        model: a model of ``torch.nn.Linear`` or transformers' ``Conv1D`` layers, in any floating-point dtype.
-        scheme: ``"default"`` changes nothing; ``"xavier"`` and ``"kaiming"`` are normal with variance
-            2 / (fan_in + fan_out) and 2 / fan_in (torch's gain for ReLU); ``"orthogonal"`` has orthonormal rows or
+        model: a model with ``torch.nn.Linear`` or transformers' ``Conv1D`` layers, in any floating-point dtype.
+        scheme: ``"default"`` changes nothing. ``"xavier"`` and ``"kaiming"`` are normal with variance
+            2 / (fan_in + fan_out) and 2 / fan_in (torch's gain for ReLU). ``"orthogonal"`` has orthonormal rows or
             columns.
 
     Raises:
-        ValueError: for another scheme.
+        ValueError: for an unknown scheme.
     """
     if scheme not in SCHEMES:
         raise ValueError(f"the initialisation scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}")
@@ -28,7 +28,7 @@ def initialise(model: nn.Module, scheme: str) -> None:
         return
     embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     for module in model.modules():
-        transposed = hasattr(module, "nx") and hasattr(module, "nf")  # Conv1D keeps (inputs, outputs)
+        transposed = hasattr(module, "nx") and hasattr(module, "nf")  # Conv1D stores (inputs, outputs)
         if not (isinstance(module, nn.Linear) or transposed) or module.weight in embeddings:
             continue
         weight: torch.Tensor = module.weight.T if transposed else module.weight  # type: ignore[assignment]

@@ -1,14 +1,14 @@
-"""The update, and its paths without Triton: one signature, and one result up to the order of rounding.
+"""The update and its paths without Triton. All paths have the same signature; their results differ only by rounding.
 
-For each element, with ``s`` the scale of its channel::
+For each element, where ``s`` is the scale of its channel::
 
     u = clamp(s * g, -limit, limit)        (g = -g first if maximize; no clamp without a limit)
     m = m + weight * (u - m)               (m = u without momentum)
     p = (1 - lr * weight_decay) * p - lr * m
 
-Every path takes local (not ``DTensor``) tensors, writes parameters and momentum in place, and leaves gradients as they
-are. Whatever is stored below float32 is computed in float32 and rounded once: ``lr * weight_decay`` alone is below the
-resolution of bfloat16.
+Every path takes local tensors (not ``DTensor``), writes parameters and momentum in place, and does not modify
+gradients. Values that are stored with less precision than float32 are computed in float32 and rounded once, because
+``lr * weight_decay`` is below the resolution of bfloat16.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,12 +21,12 @@ from hf_sai.momentum import CODE_BLOCK, decode, encode, scale_count
 from hf_sai.options import Hyper
 from hf_sai.rounding import random_bits, rounding_key, stochastic_bfloat16
 
-# Elements that the plain path takes through the whole update at once on a CPU: small enough to stay in cache between
-# operations, so that p, g and m are read from memory once, and large enough for launch overhead not to matter.
+# The number of elements that the plain path updates at once on a CPU. Such a piece stays in cache between operations,
+# so p, g and m are read from memory once. It is also large enough that launch overhead does not matter.
 _CPU_PIECE = 1 << 20
-# Bytes of temporaries that the foreach path holds at once.
+# The largest size in bytes of the foreach path's temporaries.
 _FOREACH_BYTES = 1 << 27
-# torch.optim.SGD(fused=True) calls it, on a CPU since torch 2.4. A private name: without it there is one more pass.
+# torch.optim.SGD(fused=True) calls this, on a CPU since torch 2.4. The name is private; without it we make two passes.
 _torch_fused_sgd = getattr(torch, "_fused_sgd_", None)
 
 
@@ -36,14 +36,14 @@ class Blocks(NamedTuple):
     Attributes:
         params: the parameters, each of shape ``shape``.
         grads: their gradients, of the same shape, real floating point.
-        momentum: (blocks, *shape), None where momentum is 0.
+        momentum: (blocks, *shape), or None if momentum is 0.
         scale: (blocks, *shape with the dimensions of a channel reduced to 1), float32.
         columns: the length of a row of each matrix.
-        rows: the rows of each matrix where a channel is a column, 0 where it is a row.
-        momentum_scale: float32, with an int8 momentum only; such blocks are alone.
-        counter: updates so far, 0-dim int64; None where nothing is rounded stochastically; such blocks are alone.
+        rows: the number of rows of each matrix if a channel is a column, 0 if a channel is a row.
+        momentum_scale: float32, for int8 momentum only. Then there is only one block.
+        counter: the number of updates so far, 0-dim int64, for stochastic rounding only. Then there is only one block.
         seed: distinguishes the random bits of blocks.
-        column_factor: (blocks, 1, columns), float32: what elements of a column are multiplied by besides; for matrices.
+        column_factor: (blocks, 1, columns), float32, for matrices only: an extra factor for the elements of a column.
     """
 
     params: Sequence[Tensor]
@@ -59,7 +59,7 @@ class Blocks(NamedTuple):
 
 
 def update_plain(many: Sequence[Blocks], hyper: Hyper) -> None:
-    """Torch operations, one set for each element of ``many``; the reference of the other paths."""
+    """Update each element of ``many`` with torch operations. This path is the reference for the others."""
     for blocks in many:
         if not is_native(blocks):
             for piece in _pieces(blocks):
@@ -71,7 +71,7 @@ def update_plain(many: Sequence[Blocks], hyper: Hyper) -> None:
 
 
 def _update_stacked(blocks: Blocks, hyper: Hyper) -> None:
-    """Small blocks in their own dtype: a few operations for all of them."""
+    """Update small blocks in their own dtype, with a few operations for all of them."""
     scale = blocks.scale.to(blocks.params[0].dtype)
     scratch = torch.stack(list(blocks.grads)).mul_(scale) if len(blocks.grads) > 1 else blocks.grads[0][None] * scale
     if blocks.column_factor is not None:
@@ -92,7 +92,7 @@ def _update_stacked(blocks: Blocks, hyper: Hyper) -> None:
 
 
 def _update_in_pieces(blocks: Blocks, hyper: Hyper) -> None:
-    """One large contiguous block on a CPU: every piece of it is read and written once."""
+    """Update one large contiguous block on a CPU, reading and writing every piece once."""
     lr, decay = float(hyper.lr), 1 - float(hyper.lr) * float(hyper.weight_decay)
     scratch = torch.empty(0)
     columns = None if blocks.column_factor is None else blocks.column_factor[0].to(blocks.params[0].dtype)
@@ -112,14 +112,14 @@ def _update_in_pieces(blocks: Blocks, hyper: Hyper) -> None:
                 continue
             m_ = m[i : i + rows]
             if decay == 1 and _torch_fused_sgd is not None and hyper.weight < 1:
-                # Momentum and parameter in one pass.
+                # This updates momentum and parameter in one pass.
                 _torch_fused_sgd(
                     [p_], [update], [m_], weight_decay=0.0, momentum=1 - hyper.weight, lr=lr,
                     dampening=1 - hyper.weight, nesterov=False, maximize=False, is_first_step=False,
                 )  # fmt: skip
                 continue
             m_.lerp_(update, hyper.weight)
-            # The outer product with [1] is the CPU operator that computes decay * p - lr * m in one pass.
+            # The outer product with [1] computes decay * p - lr * m in one pass on a CPU.
             one = torch.ones(1, dtype=p.dtype, device=p.device)
             p_.view(1, -1).addr_(one, m_.view(-1), beta=decay, alpha=-lr)
 
@@ -127,16 +127,16 @@ def _update_in_pieces(blocks: Blocks, hyper: Hyper) -> None:
 def _update_wide(
     p: Tensor, g: Tensor, m: Tensor | None, s: Tensor, codes: Tensor | None, bits: Tensor | None, hyper: Hyper
 ) -> None:
-    """Any dtypes and strides: computed in float32 (float64 for float64 parameters), rounded once.
+    """Update a block of any dtypes and strides in float32 (float64 for float64 parameters), with one rounding.
 
     Args:
-        p: the parameter, or a piece of it; written.
+        p: the parameter, or a piece of it; modified in place.
         g: its gradient.
-        m: its momentum; written.
+        m: its momentum; modified in place.
         s: scales that broadcast against ``p``.
-        codes: the scales of an int8 ``m``; written.
-        bits: int32, the shape of ``p``; random, for stochastic rounding.
-        hyper: the group's.
+        codes: the scales of an int8 ``m``; modified in place.
+        bits: random int32 bits of the shape of ``p``, for stochastic rounding.
+        hyper: the hyper-parameters of the group.
     """
     wide = torch.float64 if p.dtype == torch.float64 else torch.float32
     update = _scaled(g.to(wide), s.to(wide), hyper)
@@ -147,7 +147,7 @@ def _update_wide(
             assert bits is not None
             encode(update.reshape(-1).float(), m.view(-1), codes, bits.view(-1))
         else:
-            # The other half of the bits: the two roundings of an element must be independent.
+            # This uses the other half of the bits, because the two roundings of an element must be independent.
             _store(m, update, bits >> 16 if hyper.stochastic_rounding and bits is not None else None)
     lr: float | Tensor = hyper.lr.to(p.device) if isinstance(hyper.lr, Tensor) else float(hyper.lr)
     moved = p.to(wide) * (1 - lr * hyper.weight_decay) - lr * update
@@ -155,9 +155,9 @@ def _update_wide(
 
 
 def update_foreach(many: Sequence[Blocks], hyper: Hyper) -> None:
-    """A few launches for many blocks at once, with temporaries of at most 128 MiB or one block.
+    """Update many blocks with a few launches. Temporaries take at most 128 MiB or the size of one block.
 
-    Blocks that need rounding or have other strides are updated by the plain path.
+    The plain path updates blocks that need rounding or are not contiguous.
     """
     able = [b for b in many if is_native(b)]
     update_plain([b for b in many if not is_native(b)], hyper)
@@ -188,7 +188,7 @@ def update_foreach(many: Sequence[Blocks], hyper: Hyper) -> None:
 
 
 def is_native(blocks: Blocks) -> bool:
-    """Whether the arithmetic can run in the tensors' own dtype and layout."""
+    """Whether the update can run in the tensors' own dtype and layout."""
     p, m = blocks.params[0], blocks.momentum
     if p.dtype not in (torch.float32, torch.float64) or (m is not None and m.dtype != p.dtype):
         return False
@@ -205,7 +205,7 @@ def _is_large(blocks: Blocks) -> bool:
 
 
 def _scaled(grads: Tensor, scale: Tensor, hyper: Hyper) -> Tensor:
-    """The scaled and limited gradient, a new tensor."""
+    """The scaled and limited gradient as a new tensor."""
     return _limit(grads * scale.to(grads.dtype), hyper)
 
 
@@ -220,7 +220,7 @@ def _matrices(blocks: Blocks) -> Iterator[tuple[Tensor, Tensor, Tensor | None, T
     s = blocks.scale[0].to(blocks.params[0].dtype)
     tensors = [blocks.params[0], blocks.grads[0], *([] if blocks.momentum is None else [blocks.momentum[0]])]
     if not blocks.rows:
-        # One scale for all elements: a block of one row would be one piece.
+        # With one scale for all elements the block has one row, which could not be split into pieces.
         p, g, *m = (x.view(-1, blocks.columns if s.numel() > 1 else 1) for x in tensors)
         yield p, g, m[0] if m else None, s.reshape(-1, 1)
         return
@@ -232,7 +232,7 @@ def _matrices(blocks: Blocks) -> Iterator[tuple[Tensor, Tensor, Tensor | None, T
 def _pieces(
     blocks: Blocks,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]]:
-    """The arguments of :func:`_update_wide`, in pieces whose float32 copies are small where the layout allows it."""
+    """The arguments of :func:`_update_wide`, split into pieces with small float32 copies if the layout allows it."""
     key = None if blocks.counter is None else rounding_key(blocks.counter, blocks.seed)
     for k, (p, g) in enumerate(zip(blocks.params, blocks.grads, strict=True)):
         m = None if blocks.momentum is None else blocks.momentum[k]
@@ -243,10 +243,10 @@ def _pieces(
         if p.dim() != 2 or not all(x.is_contiguous() for x in tensors):
             bits = None if key is None else random_bits(key, 0, p.numel()).view(p.shape)
             if codes is not None and not (m is not None and m.is_contiguous()):
-                raise AssertionError("int8 momentum is contiguous")
+                raise AssertionError("int8 momentum must be contiguous")
             yield p, g, m, s, codes, bits
             continue
-        # Codes of int8 momentum share a scale in rows of 128: pieces begin at multiples of 128 elements.
+        # Every 128 codes of int8 momentum share a scale, so pieces start at multiples of 128 elements.
         rows = max(1, _CPU_PIECE // max(1, p.shape[1]) // CODE_BLOCK) * CODE_BLOCK
         for i in range(0, p.shape[0], rows):
             p_, g_, m_ = p[i : i + rows], g[i : i + rows], None if m is None else m[i : i + rows]
@@ -258,7 +258,7 @@ def _pieces(
 
 
 def _within_memory(many: Sequence[Blocks]) -> Iterator[list[Blocks]]:
-    """Blocks on one device with the same dtype, at most ``_FOREACH_BYTES`` together."""
+    """Batches of blocks on one device with the same dtype, of at most ``_FOREACH_BYTES`` each."""
     batches: dict[tuple[object, ...], list[Blocks]] = {}
     sizes: dict[tuple[object, ...], int] = {}
     for b in many:
@@ -273,7 +273,7 @@ def _within_memory(many: Sequence[Blocks]) -> Iterator[list[Blocks]]:
 
 
 def _store(target: Tensor, values: Tensor, bits: Tensor | None) -> None:
-    """Write wide values, rounded to nearest, or with ``bits`` stochastically if the target is bfloat16."""
+    """Round wide values to nearest and store them. With ``bits``, a bfloat16 target is rounded stochastically."""
     if bits is not None and target.dtype == torch.bfloat16:
         values = stochastic_bfloat16(values.float(), bits)
     target.copy_(values)

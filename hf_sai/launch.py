@@ -1,13 +1,14 @@
-"""Run an unchanged training script or command in processes where `optim="sgd_sai"` is valid.
+"""Run an unmodified training script or command in processes where `optim="sgd_sai"` is valid.
 
     hf-sai launch SCRIPT ARGS...                  or python -m hf_sai.launch SCRIPT ARGS...
     hf-sai launch -m MODULE ARGS...
     hf-sai launch COMMAND ARGS...                 trl sft --config sft.yaml, torchrun train.py, accelerate launch ...
     accelerate launch -m hf_sai.launch sft.py --optim sgd_sai
 
-The program sees what the interpreter would show it, except for `sys.executable`. The Python processes that it starts
-are registered as well: by multiprocessing's spawn, by torchrun, accelerate and other launchers, by `sys.executable`, by
-`python` on PATH. Not those that it starts by the full path of an interpreter, and none on Windows.
+The program runs as under the plain interpreter, except for `sys.executable`. The Python processes that it starts are
+also registered: through multiprocessing's spawn, torchrun, accelerate and other launchers, `sys.executable`, and
+`python` on PATH. Processes that it starts by the full path of an interpreter are not registered. On Windows, no child
+process is registered.
 """
 
 import os
@@ -25,15 +26,15 @@ USAGE = """usage: python -m hf_sai.launch SCRIPT [ARGS...]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Register SGD-SaI with transformers, here and in children, then run what ``argv`` names as ``__main__``.
+    """Register SGD-SaI with transformers, here and in children, then run the program in ``argv`` as ``__main__``.
 
     Args:
-        argv: a script, a command on ``PATH``, ``-m`` and a module, ``-c`` and code, or ``-`` for code from the standard
-            input; then its arguments. By default those of this process. A command that is not written in Python takes
-            the place of this process.
+        argv: a script, a command on ``PATH``, ``-m`` and a module, ``-c`` and code, or ``-`` for code from standard
+            input, followed by its arguments. The default is this process's own arguments. A command that is not written
+            in Python replaces this process.
 
     Raises:
-        SystemExit: the script's own, or status 2 if there is nothing to run.
+        SystemExit: the script's own exit, or status 2 if there is nothing to run.
 
     Example:
         >>> main(["sft.py", "--optim", "sgd_sai"])
@@ -50,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = target[0]
     path = name if option or name == "-" or os.path.isfile(name) else shutil.which(name)
     if path is None:
-        known = f"hf_sai.launch: cannot open script {name!r}: there is no such file, and no such command on PATH\n"
-        raise _refusal(USAGE if name.startswith("-") else known + USAGE)
+        reason = f"hf_sai.launch: cannot open script {name!r}: there is no such file, and no such command on PATH\n"
+        raise _refusal(USAGE if name.startswith("-") else reason + USAGE)
 
     from hf_sai.children import registered_children
     from hf_sai.registration import register
@@ -74,25 +75,25 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _is_python(path: str, *, installed: bool) -> bool:
-    """Whether a file is a Python script; one that is ``installed`` and has no first line that says so is a program."""
+    """Whether a file is a Python script. An ``installed`` file without a Python shebang is another program."""
     with open(path, "rb") as file:
         first, second = file.readline(), file.readline()
     if not first.startswith(b"#!"):
         return not installed
-    # The second line, where pip found the interpreter's path too long for the first.
+    # pip uses the second line if the path of the interpreter is too long for the first.
     return b"python" in first or second.startswith(b"'''exec'")
 
 
 def run_script(path: str) -> None:
-    """Execute a file as the interpreter would: as ``__main__``, with its folder first on ``sys.path``.
+    """Execute a file like the interpreter: as ``__main__``, with its folder first on ``sys.path``.
 
-    `runpy.run_path` is no substitute: it takes its ``__main__`` out of ``sys.modules`` when the script ends, while
-    exit handlers and threads still pickle by it, and leaves ``sys.path`` alone.
+    `runpy.run_path` is not enough. It removes its ``__main__`` from ``sys.modules`` when the script ends, although exit
+    handlers and threads may still need it for pickling. It also does not change ``sys.path``.
     """
     path = os.path.abspath(path)
     _set_first_path(os.path.dirname(os.path.realpath(path)))
     loader = SourceFileLoader("__main__", path)
-    # `__file__` and a `__spec__` of None are also what tells multiprocessing's children which script to import.
+    # multiprocessing's children use `__file__` and a `__spec__` of None to find the script to import.
     _run(loader.source_to_code(loader.get_data(path), path), __file__=path, __loader__=loader, __cached__=None)
 
 

@@ -1,30 +1,30 @@
 """8-bit momentum: linear codes with one float32 scale for every 128 elements, rounded stochastically.
 
-Why this code. The update of SGD is linear in the momentum, so what matters is that the stored momentum has no bias and
-little noise in absolute terms: evenly spaced levels have the least noise for their number, and stochastic rounding has
-no bias, so that gradients below half a level survive on average (rounding to nearest would lose them for ever).
-Logarithmic codes, as of 8-bit Adam, are for quantities that one divides by. 128 elements share a scale because that is
-what one warp of a GPU holds in 4-byte loads, and it keeps an outlier's neighbours few. A zero stays exactly zero.
-Cost: 1 + 4/128 bytes a parameter.
+The update of SGD is linear in the momentum. So the stored momentum must have no bias and little absolute noise. For a
+given number of levels, even spacing has the least noise. Stochastic rounding has no bias, so gradients below half a
+level survive on average. Rounding to nearest would lose them. Logarithmic codes, as in 8-bit Adam, suit quantities that
+are used as divisors. 128 elements share a scale because one warp of a GPU reads 128 bytes in 4-byte loads. A small
+group also limits how many neighbours an outlier affects. A zero stays exactly zero. The momentum takes 1 + 4/128 bytes
+per parameter.
 """
 
 import torch
 from torch import Tensor
 
-# Consecutive elements, in row-major order, that share one scale.
+# The number of consecutive elements, in row-major order, that share one scale.
 CODE_BLOCK = 128
 LEVELS = 127
-# Below it the inverse of a scale overflows: such momentum is stored as zero.
+# Below this value the inverse of a scale overflows, so the momentum is stored as zero.
 SMALLEST = 1e-36
 
 
 def scale_count(numel: int) -> int:
-    """How many scales a block of ``numel`` elements has."""
+    """The number of scales of a block with ``numel`` elements."""
     return -(-numel // CODE_BLOCK)
 
 
 def decode(codes: Tensor, scales: Tensor) -> Tensor:
-    """The momentum that ``codes`` (int8, one dimension) and ``scales`` (one for 128 codes) stand for, in float32."""
+    """The float32 momentum for ``codes`` (int8, one dimension) and ``scales`` (one for every 128 codes)."""
     rows = _rows(codes.to(torch.float32))
     return rows.mul_(scales[:, None]).view(-1)[: codes.numel()]
 
@@ -34,9 +34,9 @@ def encode(values: Tensor, codes: Tensor, scales: Tensor, bits: Tensor) -> None:
 
     Args:
         values: float32, one dimension.
-        codes: int8, as many; written.
-        scales: float32, ``scale_count`` of them; written.
-        bits: int32, as many as values; the upper 16 bits are used.
+        codes: int8, the same length; written.
+        scales: float32, of length ``scale_count``; written.
+        bits: int32, the same length as ``values``. The upper 16 bits are used.
     """
     rows = _rows(values)
     largest = rows.abs().amax(dim=1)
@@ -48,6 +48,6 @@ def encode(values: Tensor, codes: Tensor, scales: Tensor, bits: Tensor) -> None:
 
 
 def _rows(values: Tensor) -> Tensor:
-    """``values`` as rows of 128, the last one filled with zeros."""
+    """``values`` as rows of 128. The last row is padded with zeros."""
     missing = -values.numel() % CODE_BLOCK
     return torch.nn.functional.pad(values, (0, missing)).view(-1, CODE_BLOCK)

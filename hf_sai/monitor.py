@@ -1,4 +1,4 @@
-"""The g-SNR of the gradients that are there now, and what a re-calibration would make of them."""
+"""The g-SNR of the current gradients, and the scales that a re-calibration on them would give."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from hf_sai.optimizer import SGDSaI
 from hf_sai.shards import gradient
 from hf_sai.update import fused_moments
 
-FORMAT = 1  # of the record: raised when its fields change their meaning
+FORMAT = 1  # the format of the record, incremented when the meaning of a field changes
 
 
 class Measured(NamedTuple):
@@ -24,8 +24,8 @@ class Measured(NamedTuple):
 
     Attributes:
         name: the parameter's name in the model.
-        scaling: that of its param group; ``None`` where the optimizer is no SGDSaI.
-        statistics: of its gradient.
+        scaling: the scaling of its param group, or ``None`` if the optimizer is not SGDSaI.
+        statistics: the statistics of its gradient.
     """
 
     name: str
@@ -36,18 +36,18 @@ class Measured(NamedTuple):
 def measure_gradients(optimizer: Any, model: nn.Module) -> list[Measured]:
     """Measure the gradient of every parameter that ``optimizer`` trains, between backward and ``step``.
 
-    Takes part in the collectives of sharded parameters: every process must call it in the same step.
+    Sharded parameters need collectives, so every process must call this in the same step.
 
     Args:
         optimizer: any ``torch.optim.Optimizer``, or a wrapper with ``.optimizer`` (accelerate's).
         model: the model that it trains, wrapped or not.
 
     Returns:
-        In the order of the param groups, the same on every process; the statistics of a block without a gradient are
-        of kind ``"zero"``.
+        The measurements in the order of the param groups, the same on every process. The kind of a block without a
+        gradient is ``"zero"``.
 
     Raises:
-        ValueError: where the gradients are not to be seen: under DeepSpeed, FSDP1, or released within backward.
+        ValueError: if the gradients are not available: under DeepSpeed, FSDP1 or gradient release.
     """
     while hasattr(optimizer, "optimizer"):
         if "deepspeed" in type(optimizer).__module__:
@@ -57,14 +57,14 @@ def measure_gradients(optimizer: Any, model: nn.Module) -> list[Measured]:
     if own and optimizer.releases_gradients:
         raise ValueError(
             "g-SNR cannot be measured during training with release_gradients, which frees each gradient within "
-            "backward: train without it"
+            "backward; train without release_gradients"
         )
     names = block_names(model)
     blocks: list[tuple[str, Tensor, dict[str, Any]]] = []
     for i, group in enumerate(optimizer.param_groups):
         for j, p in enumerate(group["params"]):
             if hasattr(p, "_fsdp_flattened"):
-                raise ValueError("g-SNR cannot be measured under FSDP1, which flattens the blocks: use FSDP2")
+                raise ValueError("g-SNR cannot be measured under FSDP1, which flattens the blocks; use FSDP2")
             if p.requires_grad and p.numel():
                 blocks.append((names[p].name if p in names else f"param_groups[{i}].params[{j}]", p, group))
     statistics = measure(
@@ -80,14 +80,14 @@ def measure_gradients(optimizer: Any, model: nn.Module) -> list[Measured]:
 
 
 def usable(measured: Sequence[Measured]) -> list[Measured]:
-    """Those that a calibration would take."""
+    """The measurements that a calibration would use."""
     return [m for m in measured if m.statistics.kind in ("usable", "constant")]
 
 
 def recalibrated(measured: Sequence[Measured]) -> dict[str, float]:
-    """The scale that each block would get if all were calibrated on these gradients; nothing without SGDSaI.
+    """The scale that each block would get if all blocks were calibrated on these gradients. Empty without SGDSaI.
 
-    Under ``scaling="adamw"``, that of the block as one channel.
+    Under ``scaling="adamw"`` the block counts as one channel.
     """
     scales: dict[str, float] = {}
     for scaling in ("raw", "max"):
@@ -111,20 +111,20 @@ def build_record(
     calibrated: Mapping[str, tuple[float, float]],
     every: int,
 ) -> dict[str, Any]:
-    """The measurements of a run as columns, from the Trainer's log, which a resumed run continues.
+    """Collect the measurements of a run as columns from the Trainer's log, which a resumed run continues.
 
     Args:
         log_history: ``trainer.state.log_history``.
-        model: what was trained.
-        calibrated: g-SNR and scale of each calibrated block by name; empty without SGDSaI.
-        every: optimizer steps between measurements.
+        model: the trained model.
+        calibrated: the g-SNR and scale of each calibrated block by name. Empty without SGDSaI.
+        every: the number of optimizer steps between measurements.
 
     Returns:
-        ``steps`` (the number of the optimizer step that the gradient made, from 1) and ``blocks``: for each its
-        ``name``, ``kind``, ``layer``, ``shape``, ``numel``, calibrated ``gsnr`` and ``scale`` (``None`` without), and
-        one value a step of ``gsnr_now`` and ``drift`` (the scale that a re-calibration would give, in units of the
-        kept one; ``None`` as a whole without SGDSaI). ``None`` for a step without a usable gradient. Numbers are
-        rounded to six digits.
+        ``steps`` and ``blocks``. ``steps`` has the numbers of the optimizer steps that used the gradients, from 1. Each
+        block has ``name``, ``kind``, ``layer``, ``shape``, ``numel`` and the calibrated ``gsnr`` and ``scale``
+        (``None`` if it is not calibrated). It also has one value per step of ``gsnr_now`` and ``drift``. A value is
+        ``None`` for a step without a usable gradient. The drift is the scale that a re-calibration would give divided
+        by the current scale. Without SGDSaI, ``drift`` is ``None``. Numbers are rounded to six digits.
     """
     rows = {row["step"]: row for row in log_history if any(key.startswith(NOW) for key in row)}
     steps = sorted(rows)
@@ -149,23 +149,23 @@ def _rounded(value: float | None) -> float | None:
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
-    """A record that was written here.
+    """Read a record of :class:`hf_sai.GSNRCallback`.
 
     Raises:
-        ValueError: when it is none, or of another format.
-        OSError: when it cannot be read.
+        ValueError: if the file is not such a record or has another format.
+        OSError: if the file cannot be read.
     """
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no record of g-SNR: {error}") from error
+        raise ValueError(f"{path} is not a g-SNR record: {error}") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT or not isinstance(record.get("blocks"), list):
-        raise ValueError(f"{path} must be a gsnr.json of GSNRCallback of format {FORMAT}")
+        raise ValueError(f"{path} must be a gsnr.json from GSNRCallback in format {FORMAT}")
     return record
 
 
 def write_json(path: str | Path, content: Any) -> Path:
-    """Write JSON in one piece or not at all; what fits a line stands on one, as do lists of numbers."""
+    """Write JSON atomically. Short values and lists of numbers are on one line each."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:

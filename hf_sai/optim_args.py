@@ -1,4 +1,4 @@
-"""``optim_args``: from text, JSON or a mapping to the keyword arguments of ``SGDSaI``, and every mistake named."""
+"""Parses ``optim_args`` (text, JSON or a mapping) into keyword arguments of ``SGDSaI``. Errors name every mistake."""
 
 import inspect
 import json
@@ -13,19 +13,19 @@ import torch
 from hf_sai.optimizer import SGDSaI
 from hf_sai.options import check_group
 
-# Param groups take these from the training arguments: a second value here would be lost without a word.
+# Param groups take these from the training arguments, so a second value here would be ignored silently.
 _ELSEWHERE = {"lr": "learning_rate", "learning_rate": "learning_rate", "weight_decay": "weight_decay"}
-# Words of earlier versions.
+# Keys and values of earlier versions.
 _GONE = {
-    "momentum_init": "scaling='adamw', the default, corrects for the start of the momentum; 'raw' and 'max' start it "
-    "as the paper does",
+    "momentum_init": "scaling='adamw', the default, corrects the start of the momentum; 'raw' and 'max' start it "
+    "as in the paper",
     "clip_threshold": "scaling='adamw', the default, needs no clipping by block; max_grad_norm of the training "
     "arguments clips the global norm",
     "scaling=floor": "use scaling='adamw', the default",
 }
 _PARAMETERS = inspect.signature(SGDSaI, eval_str=True).parameters
 _DEFAULTS = {name: p.default for name, p in _PARAMETERS.items() if p.default is not p.empty}
-# The types that each key takes. The last one is an action on the model, not a hyper-parameter.
+# The valid types for each key. The last key is an action on the model, not a hyper-parameter.
 _TYPES: dict[str, frozenset[Any]] = {
     name: frozenset(get_args(_PARAMETERS[name].annotation) or [_PARAMETERS[name].annotation])
     for name in _DEFAULTS
@@ -35,18 +35,18 @@ _BOOL = {"true": True, "false": False}
 
 
 def parse_optim_args(optim_args: str | Mapping[str, Any] | None) -> dict[str, Any]:
-    """The keyword arguments of :class:`SGDSaI` in ``optim_args``, each cast to its type.
+    """Parse ``optim_args`` into keyword arguments of :class:`SGDSaI`, each cast to its type.
 
     Args:
-        optim_args: ``key=value`` pairs separated by commas, in which spaces do not matter; a JSON object as text; a
-            mapping, as YAML files and dicts have it; or nothing.
+        optim_args: ``key=value`` pairs separated by commas (spaces do not matter), a JSON object as text, a mapping, or
+            nothing.
 
     Returns:
-        What was given, nothing else: all other arguments keep the defaults of :class:`SGDSaI`.
+        Only the given arguments. All others keep the defaults of :class:`SGDSaI`.
 
     Raises:
-        ValueError: for what is neither, an unknown or repeated key, one that earlier versions had, or a value that its
-            key cannot take. It names the key and lists what is valid.
+        ValueError: for another format, an unknown or repeated key, a key of earlier versions, or an invalid value. The
+            message names the key and lists the valid keys or values.
 
     Example:
         >>> parse_optim_args("momentum=0.8, momentum_dtype=bfloat16")
@@ -58,23 +58,23 @@ def parse_optim_args(optim_args: str | Mapping[str, Any] | None) -> dict[str, An
             raise ValueError(f"optim_args cannot set {key}: set {_ELSEWHERE[key]} of the training arguments instead")
         for word in (key, f"{key}={value.lower()}"):
             if word in _GONE:
-                raise ValueError(f"optim_args: {word} is gone: {_GONE[word]}")
+                raise ValueError(f"optim_args: {word} was removed: {_GONE[word]}")
         if key not in _TYPES:
             raise ValueError(
                 f"optim_args has no key {key!r}{_did_you_mean(key, _TYPES)}; valid keys: {', '.join(_TYPES)}"
             )
         if key in parsed:
-            raise ValueError(f"optim_args sets {key} twice in {optim_args!r}; leave one of them out")
+            raise ValueError(f"optim_args sets {key} twice in {optim_args!r}; remove one of them")
         parsed[key] = _cast(key, value)
     _check(parsed)
     return {key: getattr(torch, value) if _is_dtype(key, value) else value for key, value in parsed.items()}
 
 
 def normalize_optim_args(optim_args: str | Mapping[str, Any] | None) -> str | None:
-    """``optim_args`` as ``key=value`` pairs, which transformers can save, log and show; checked.
+    """Check ``optim_args`` and return it as ``key=value`` pairs, which transformers can save, log and show.
 
     Raises:
-        ValueError: as :func:`parse_optim_args`.
+        ValueError: as in :func:`parse_optim_args`.
     """
     parse_optim_args(optim_args)
     return ",".join(f"{key}={value}" for key, value in _pairs(optim_args)) or None

@@ -1,4 +1,4 @@
-"""SGDSaI: holds the state, collects what takes part in a step, saves and loads."""
+"""SGDSaI, the optimizer: its state, its step, saving and loading."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -16,52 +16,54 @@ from hf_sai.options import check_group
 from hf_sai.state import restore
 from hf_sai.zero import Partitions
 
-try:  # as torch.optim: `torch.compiler.disable` would import the compiler together with this package
+try:  # like torch.optim: `torch.compiler.disable` would import the compiler together with this package
     from torch._compile import _disable_dynamo as outside_compiled_code
 except ImportError:  # a private name
     from torch.compiler import disable as outside_compiled_code  # type: ignore[no-redef]
 
 
 class SGDSaI(Optimizer):
-    """SGD with momentum whose learning rate is scaled by rows and columns from the first gradients, in AdamW's units.
+    """SGD with momentum that scales each row and column of a weight by its first gradients, in AdamW's units.
 
-    For an element with gradient g, in channels (a row and a column of a matrix; see :mod:`hf_sai.channels`)
+    The channels of a matrix are its rows and columns (see :mod:`hf_sai.channels`). For an element p with gradient g
 
         s = 1 / (rms + eps)
         u = clamp(s * g, -2, 2)
         m = m + w * (u - m),        w = (1 - momentum) / (1 - momentum^t)
         p = (1 - lr * weight_decay) * p - lr * m
 
-    where rms is the root mean square of the row's gradient, averaged over its first 60 usable gradients (finite and
-    not all zero), times that of the column relative to all columns. After them it follows slowly, one gradient in ten.
-    In groups with ``token_rows=True`` zeros count and the bound is 30; :func:`hf_sai.param_groups` makes these groups.
+    Here rms is the root mean square of the row's gradient times that of the column's gradient relative to all columns.
+    Both are averaged over the first 60 usable gradients. A gradient is usable if it is finite and not all zero. After
+    that, rms follows slowly: one gradient in ten is measured. In groups with ``token_rows=True``, zeros count and the
+    bound is 30. :func:`hf_sai.param_groups` makes these groups.
 
-    ``scaling="raw"`` and ``"max"`` are the method of the paper (arXiv 2412.11768, Algorithm 1) in the paper's units:
-    one scale for each parameter, gsnr = ||g|| / (std(g) + eps) of its first usable gradient, for ``"max"`` divided by
-    the largest gsnr; no clamp; m begins as the first gradient. ``eps`` is added to the standard deviation, not put
-    under the root, as in the authors' own release. docs/method.md has the reasons and the measurements.
+    ``scaling="raw"`` and ``"max"`` are the paper's method (arXiv 2412.11768, Algorithm 1) in the paper's units. Each
+    parameter has one scale, gsnr = ||g|| / (std(g) + eps) of its first usable gradient. ``"max"`` divides it by the
+    largest gsnr. There is no clamp, and m starts as the first gradient. ``eps`` is added to the standard deviation
+    instead of under the root, as in the authors' release. docs/method.md has the reasons and the measurements.
 
     Args:
         params: parameters, named parameters or param groups of real floating-point tensors of any shape.
-        lr: learning rate, a number or a 0-dim tensor of at least 0; in AdamW's units, or the paper's (see ``scaling``).
-        momentum: in [0, 1). At 0 no buffer is kept.
+        lr: learning rate, a number or 0-dim tensor >= 0, in AdamW's units or the paper's (see ``scaling``).
+        momentum: in [0, 1). With 0, no buffer is kept.
         eps: at least 0, in units of the gradient.
-        weight_decay: at least 0, decoupled, in units of 1 / lr as AdamW's.
+        weight_decay: at least 0, decoupled, in units of 1 / lr like AdamW's.
         scaling: ``"adamw"``, ``"raw"`` or ``"max"``.
-        maximize: maximise instead of minimise.
-        foreach: update many blocks in each launch. Default on CUDA where the fused path is unavailable.
-        fused: one Triton launch for all blocks. Default on CUDA where Triton is installed.
-        momentum_dtype: ``"float32"``, ``"bfloat16"`` or ``"int8"``; by default each parameter's own dtype. int8 has one
-            float32 scale for every 128 elements and is rounded stochastically (see :mod:`hf_sai.momentum`).
-        stochastic_rounding: round whatever is stored in bfloat16 stochastically, without bias.
+        maximize: maximize instead of minimize.
+        foreach: update many blocks in each launch. This is the default on CUDA if the fused path is unavailable.
+        fused: update all blocks in one Triton launch. This is the default on CUDA if Triton is installed.
+        momentum_dtype: ``"float32"``, ``"bfloat16"`` or ``"int8"``. The default is each parameter's own dtype. int8 has
+            one float32 scale for every 128 elements and is rounded stochastically (see :mod:`hf_sai.momentum`).
+        stochastic_rounding: round all bfloat16 values stochastically, without bias.
 
-    The state of a parameter is described in :mod:`hf_sai.state`; it has half the bytes of AdamW's. Gradients are never
-    written to. Under CUDA graph capture ``lr`` must be a tensor on the device if it is to change, every block must be
-    calibrated before, and scales stay as they are.
+    :mod:`hf_sai.state` describes the state of a parameter. Its size is half that of AdamW's. ``step`` never modifies
+    gradients. For CUDA graph capture, ``lr`` must be a tensor on the device if it changes later, and every block must
+    be calibrated before. A captured step does not change the scales.
 
     Raises:
-        ValueError: for a hyper-parameter out of range, a complex parameter or one that FSDP1 has flattened, a sparse
-            gradient, ``fused=True`` where it is impossible, or a state dict that does not fit. Nothing changes then.
+        ValueError: for a hyper-parameter out of range, a complex parameter, a parameter that FSDP1 flattened, a sparse
+            gradient, ``fused=True`` where it is impossible, or a state dict that does not fit. Nothing has changed
+            then.
 
     Example:
         >>> model = torch.nn.Linear(4, 2)
@@ -100,15 +102,15 @@ class SGDSaI(Optimizer):
             "fused": fused,
             "momentum_dtype": momentum_dtype,
             "stochastic_rounding": stochastic_rounding,
-            "token_rows": False,  # of a group: each row of its matrices is a token
-            "step": 0,  # of a group: steps in which a block was calibrated
+            "token_rows": False,  # per group: whether each row of its matrices is a token
+            "step": 0,  # per group: the number of steps in which a block was calibrated
         }
         check_group(defaults)
         super().__init__(params, defaults)
         self._forget()
 
     def _forget(self) -> None:
-        """Drop what is derived from the state and the groups."""
+        """Drop everything that is derived from the state and the groups."""
         self._calibration = Calibration()
         self._collector = Collector(self._partitions)
         self._release: Any = self.__dict__.get("_release")
@@ -120,7 +122,7 @@ class SGDSaI(Optimizer):
             group.setdefault("token_rows", False)
             group.setdefault("step", 0)
         loaded = self.__dict__.pop("_loading", None)
-        if loaded is not None:  # torch has cast every tensor to its parameter's dtype: take the saved ones instead
+        if loaded is not None:  # torch has cast every tensor to its parameter's dtype: use the saved tensors instead
             for group, saved in zip(self.param_groups, loaded["param_groups"], strict=True):
                 for p, key in zip(group["params"], saved["params"], strict=True):
                     if key in loaded["state"]:
@@ -133,14 +135,14 @@ class SGDSaI(Optimizer):
         self._forget()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its blocks are calibrated at their own first usable gradients.
+        """Add a group. Its blocks are calibrated at their own first usable gradients.
 
         Args:
-            param_group: ``params`` and any hyper-parameter that differs from the optimizer's; ``token_rows=True`` where
-                each row of its matrices, ``(tokens, features)``, is a token.
+            param_group: ``params`` and any hyper-parameter that differs from the optimizer's. Set ``token_rows=True``
+                if each row of its matrices, ``(tokens, features)``, is a token.
 
         Raises:
-            ValueError: for what the constructor refuses; the group is not added then.
+            ValueError: if the constructor would refuse the group. The group is not added then.
 
         Example:
             >>> optimizer = SGDSaI(torch.nn.Linear(4, 2).parameters(), lr=1e-3)
@@ -161,12 +163,12 @@ class SGDSaI(Optimizer):
         self._partitions.add(self.param_groups[-1])
 
     def state_dict(self) -> dict[str, Any]:
-        """As every optimizer's, with zeros for a trained block without a gradient so far: loaders expect every entry.
+        """Return the state dict, with zeros for trained blocks that have had no gradient: loaders expect every entry.
 
         The optimizer itself does not change.
 
         Returns:
-            ``state`` and ``param_groups``. A scale is float32 whatever the dtype of its parameter.
+            ``state`` and ``param_groups``. Scales are always float32.
 
         Example:
             >>> optimizer = SGDSaI(torch.nn.Linear(4, 2).parameters(), lr=1e-3)
@@ -183,15 +185,15 @@ class SGDSaI(Optimizer):
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of SGDSaI. Float entries keep their dtype, whatever that of the parameters.
+        """Load a state dict of SGDSaI. Float entries keep their dtype, even if the parameters have another one.
 
-        Entries that SGDSaI does not write, such as those of an optimizer that wraps it, are loaded as torch loads them.
+        torch's rules apply to entries that SGDSaI does not write, such as those of an optimizer that wraps it.
 
         Args:
-            state_dict: what :meth:`state_dict` returned, for parameters of the same shapes in the same groups.
+            state_dict: the result of :meth:`state_dict` for parameters of the same shapes in the same groups.
 
         Raises:
-            ValueError: for entries that do not fit the parameters; the optimizer is then as it was.
+            ValueError: for entries that do not fit the parameters. The optimizer has not changed then.
 
         Example:
             >>> model = torch.nn.Linear(4, 2)
@@ -202,7 +204,7 @@ class SGDSaI(Optimizer):
             0.001
         """
         if not isinstance(state_dict, Mapping):
-            raise ValueError(f"a state dict of SGDSaI is a dict, got {state_dict!r:.80}")
+            raise ValueError(f"a state dict of SGDSaI must be a dict, got {state_dict!r:.80}")
 
         def check(_: Optimizer, given: dict[str, Any]) -> None:
             for group in self.param_groups:
@@ -211,7 +213,7 @@ class SGDSaI(Optimizer):
             check_state_dict(self.param_groups, given, self._partitions.shapes())
             self._loading = given
 
-        # Registered last, so that it sees what the user's own hooks made of the state dict.
+        # Registered last, so that it sees the state dict that the user's own hooks return.
         hook = self.register_load_state_dict_pre_hook(check)
         try:
             super().load_state_dict(state_dict)
@@ -222,10 +224,10 @@ class SGDSaI(Optimizer):
     @torch.no_grad()
     @outside_compiled_code
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Calibrate the blocks whose gradients are due, then update every block that has a gradient.
+        """Measure the gradients that are due in this step, then update every block that has a gradient.
 
         Args:
-            closure: reevaluates the model and returns the loss; called once.
+            closure: reevaluates the model and returns the loss. It is called once.
 
         Returns:
             The closure's loss, or None.
@@ -268,21 +270,21 @@ class SGDSaI(Optimizer):
         self._run(self._collector.work_of(group, index, self.param_groups, self.state))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As every optimizer's; with gradient release it also clears a step whose backward was not finished."""
+        """Reset the gradients. With gradient release, also clear a step whose backward was not finished."""
         super().zero_grad(set_to_none)
         if self._release is not None:
             self._release.clear()
 
     @property
     def releases_gradients(self) -> bool:
-        """Whether gradients are released; see :mod:`hf_sai.release`."""
+        """Whether gradients are released inside backward; see :mod:`hf_sai.release`."""
         return self._release is not None
 
     @property
     def released_norm(self) -> Tensor | None:
-        """The global norm of the gradients that the last backward has released, None where it is not tracked."""
+        """The global norm of the gradients that the last backward released, or None if it is not tracked."""
         return None if self._release is None else self._release.norm()
 
     def block_states(self) -> list[tuple[str, Tensor, State]]:
-        """Every block as (index in the param groups, parameter of the model, state); states may be empty."""
+        """Every block as (index in the param groups, parameter of the model, state). A state may be empty."""
         return block_states(self.param_groups, self.state, self._partitions)

@@ -1,4 +1,4 @@
-"""The hyper-parameters of a param group: which words and numbers they take, and what a kernel gets of them."""
+"""The hyper-parameters of a param group: their valid values, and the values that are passed to a kernel."""
 
 import math
 import numbers
@@ -10,28 +10,28 @@ from torch import Tensor
 
 Scalar = float | Tensor
 
-# "adamw" is ours and speaks AdamW's units; the others are the paper's and speak its units.
+# "adamw" is ours and uses AdamW's units. The others are the paper's and use the paper's units.
 SCALINGS = ("adamw", "raw", "max")
 MOMENTUM_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
-# What earlier versions had, and what replaces it.
+# Options of earlier versions, and their replacements.
 _GONE = {
-    "momentum_init": "leave it out: momentum begins without a bias under scaling='adamw', as in the paper otherwise",
-    "clip_threshold": "leave it out: scaling='adamw' bounds every element of an update",
+    "momentum_init": "remove it: momentum starts without a bias under scaling='adamw', and otherwise as in the paper",
+    "clip_threshold": "remove it: scaling='adamw' bounds every element of an update",
 }
 _GONE_SCALINGS = {"floor": "'adamw'"}
 
 
 class Hyper(NamedTuple):
-    """What an update path needs besides the tensors.
+    """The hyper-parameters of an update.
 
     Attributes:
         lr: learning rate, a float or a one-element tensor.
-        weight: of the new gradient in the momentum, in (0, 1].
+        weight: the weight of the new gradient in the momentum, in (0, 1].
         weight_decay: decoupled, in units of 1 / lr.
-        limit: largest magnitude of an element of the scaled gradient, None for no limit.
-        maximize: ascend instead of descend.
-        stochastic_rounding: round whatever is stored in bfloat16 stochastically.
+        limit: the largest magnitude of an element of the scaled gradient, or None for no limit.
+        maximize: maximize instead of minimize.
+        stochastic_rounding: round all bfloat16 values stochastically.
     """
 
     lr: Scalar
@@ -43,13 +43,13 @@ class Hyper(NamedTuple):
 
 
 def check_model(model: Any) -> None:
-    """Raise ValueError for what is no ``torch.nn.Module``."""
+    """Raise ValueError if ``model`` is not a ``torch.nn.Module``."""
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def momentum_dtype(param: Tensor, choice: torch.dtype | str | None) -> torch.dtype:
-    """The dtype of a parameter's momentum buffer: the chosen one, else the parameter's own."""
+    """The dtype of a parameter's momentum buffer: ``choice``, or the parameter's own dtype if that is None."""
     if choice is None:
         return param.dtype
     return MOMENTUM_DTYPES[choice] if isinstance(choice, str) else choice
@@ -86,7 +86,10 @@ def check_group(group: Mapping[str, Any]) -> None:
 
 
 def check_number(name: str, value: Any, *, below: float = math.inf) -> None:
-    """Python and numpy numbers, one-element tensors and 0-dim arrays are numbers; truth values are none."""
+    """Raise ValueError if the value is out of range or not a number.
+
+    Python and numpy numbers, one-element tensors and 0-dim arrays are numbers. Booleans are not.
+    """
     rule = f"in [0, {below:g})" if below < math.inf else "a finite number >= 0"
     elements = value.numel() if isinstance(value, Tensor) else 1 if getattr(value, "ndim", None) == 0 else 0
     number = value.item() if elements == 1 else value

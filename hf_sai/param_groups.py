@@ -1,6 +1,6 @@
-"""Param groups of a model: what is decayed, what is not, and which matrices have a row for each token.
+"""Param groups of a model: which parameters get weight decay, and which matrices have a row for each token.
 
-Torch only: bare loops need nothing else, and the transformers side uses the same functions.
+This module needs only torch, for bare loops. The transformers integration uses the same functions.
 """
 
 import re
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from hf_sai.options import check_model, check_number
 
-# Names of undecayed parameters, as transformers' Trainer has them.
+# Names of parameters without weight decay, the same as in transformers' Trainer.
 _UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(^|\.)norm($|\.)|_norm($|\.)", re.IGNORECASE)
 # Output layers of models without `get_output_embeddings`, by the last part of the module's name.
 _HEADS = ("lm_head", "embed_out")
-# PEFT's trainable tokens are no module: a ParameterDict of this name holds them, one row a token.
+# PEFT's trainable tokens are not in a module but in a ParameterDict of this name, with one row per token.
 _TRAINABLE_TOKENS = "trainable_tokens_delta"
 
 
@@ -26,28 +26,29 @@ def param_groups(
     decay_parameters: Collection[str] | None = None,
     token_modules: Collection[str] = (),
 ) -> list[dict[str, Any]]:
-    """Param groups for :class:`hf_sai.SGDSaI` in a bare loop, as the Trainer paths make them.
+    """Make param groups for :class:`hf_sai.SGDSaI` in a bare loop, like those of the Trainer paths.
 
-    A group has the keys ``params``, ``param_names``, ``weight_decay`` and ``token_rows``. Token rows are found in
-    ``nn.Embedding`` and ``nn.EmbeddingBag``, in what ``get_output_embeddings()`` returns, in modules named ``lm_head``
-    or ``embed_out``, in PEFT's copies of these (``modules_to_save``) and in its trainable tokens. A tied weight is one
-    parameter, in one group. No group is empty.
+    A group has the keys ``params``, ``param_names``, ``weight_decay`` and ``token_rows``. Token rows are the weights of
+    ``nn.Embedding`` and ``nn.EmbeddingBag``, of the module that ``get_output_embeddings()`` returns, of modules named
+    ``lm_head`` or ``embed_out``, and PEFT's copies of these (``modules_to_save``) and trainable tokens. A tied weight
+    is one parameter, in one group. No group is empty.
 
     Args:
-        model: its parameters with ``requires_grad`` are grouped, each once. Wrap it with PEFT first.
-        weight_decay: of matrices and larger tensors, in the optimizer's units (1 / lr). Biases, the weights of norms
-            and other parameters with fewer than two dimensions are not decayed.
-        decay_parameters: names of the parameters to decay, instead of that rule. Names that the model lacks are
-            ignored: the Trainer's list holds every name of a tied weight.
-        token_modules: names of further modules whose ``weight``, ``(tokens, features)``, has a row for each token,
+        model: the model. Each of its parameters with ``requires_grad`` is in one group. Wrap it with PEFT first.
+        weight_decay: the weight decay of tensors with two or more dimensions, in the optimizer's units (1 / lr).
+            Biases, norm weights and other parameters with fewer than two dimensions have none.
+        decay_parameters: names of the parameters with weight decay, instead of this rule. Names that the model lacks
+            are ignored, because the Trainer's list contains every name of a tied weight.
+        token_modules: names of other modules whose ``weight``, ``(tokens, features)``, has a row for each token,
             such as the untied output layer of a custom model.
 
     Returns:
-        One to four groups: decayed, decayed token rows, undecayed, undecayed token rows.
+        One to four groups, in this order: with weight decay, with weight decay and token rows, without weight decay,
+        without weight decay and with token rows.
 
     Raises:
-        ValueError: if no parameter is trained, ``weight_decay`` is negative or no number, or ``token_modules`` names
-            anything but a module with such a weight.
+        ValueError: if no parameter is trained, if ``weight_decay`` is negative or not a number, or if ``token_modules``
+            names anything but a module with such a weight.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 2))
@@ -60,10 +61,10 @@ def param_groups(
     check_number("weight_decay", weight_decay)
     for option, names in (("decay_parameters", decay_parameters), ("token_modules", token_modules)):
         if isinstance(names, str):
-            raise ValueError(f"{option} must be a collection of names, got the text {names!r}; write [{names!r}]")
+            raise ValueError(f"{option} must be a collection of names, got the string {names!r}; write [{names!r}]")
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trained:
-        raise ValueError("model has no parameter with requires_grad; unfreeze what is to be trained first")
+        raise ValueError("model has no parameter with requires_grad; unfreeze the parameters to train first")
     decayed = _decayed_names(model) if decay_parameters is None else set(decay_parameters)
     groups = [
         {"params": [p for name, p in trained if name in decayed], "weight_decay": weight_decay},
@@ -75,19 +76,19 @@ def param_groups(
 def split_token_rows(
     params: Iterable[Any], model: nn.Module, token_modules: Collection[str] = ()
 ) -> list[dict[str, Any]]:
-    """The same groups with their parameters named, and with token rows in separate groups.
+    """Name the parameters of the groups, and put token rows in separate groups.
 
     Args:
-        params: what a torch optimizer takes: param groups, parameters or named parameters. A group that has the key
-            ``token_rows`` is only named.
-        model: the model that the parameters are of. A parameter that it lacks is named by its place.
+        params: param groups, parameters or named parameters, as for a torch optimizer. A group with the key
+            ``token_rows`` is named but not split.
+        model: the model with these parameters. A parameter that the model lacks is named by its index.
         token_modules: as for :func:`param_groups`.
 
     Returns:
-        New groups; those without parameters are left out.
+        New groups, without empty ones.
 
     Raises:
-        ValueError: as :func:`param_groups` for ``token_modules``.
+        ValueError: as in :func:`param_groups` for ``token_modules``.
     """
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     tokens = set(_token_rows(model, token_modules))
@@ -119,7 +120,7 @@ def split_token_rows(
 
 
 def _named(group: Mapping[str, Any], names: Mapping[Tensor, str], number: int) -> list[tuple[str, Tensor]]:
-    """The parameters of a group under the names that it gives, else under those of the model."""
+    """The parameters of a group, with the group's own names if it has them, else with the model's names."""
     params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
     given = group.get("param_names", [None] * len(params))
     members = []
@@ -148,7 +149,7 @@ def _token_rows(model: nn.Module, token_modules: Collection[str]) -> Iterator[Te
     for module in _modules_of_tokens(model, token_modules):
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor) and weight.ndim == 2:
-            # All that has a row for each of them: under PEFT also the trained copy, and LoRA's B of a head.
+            # All matrices with one row per token. Under PEFT, these include the trained copy and LoRA's B of a head.
             yield from (p for p in module.parameters() if p.ndim == 2 and len(p) == len(weight))
     yield from (p for name, p in model.named_parameters() if f".{_TRAINABLE_TOKENS}." in f".{name}")
 
@@ -175,6 +176,6 @@ def _output_embeddings(module: nn.Module) -> nn.Module | None:
     find = getattr(module, "get_output_embeddings", None)
     try:
         head = find() if callable(find) else None
-    except (AttributeError, NotImplementedError):  # what models without such a head raise
+    except (AttributeError, NotImplementedError):  # raised by models without such a head
         return None
     return head if isinstance(head, nn.Module) else None

@@ -1,4 +1,4 @@
-"""Figures: loss curves of one or more runs, and the g-SNR of every block. matplotlib is loaded when one is drawn."""
+"""Figures: loss curves of one or more runs, and the g-SNR of every block. matplotlib is imported on first use."""
 
 import math
 import os
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
 
 
 def plot_losses(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Path, title: str = "Loss") -> Path:
-    """Draw training loss (thin) and evaluation loss (thick, with marks) against the step, one colour a run.
+    """Plot training loss (thin) and evaluation loss (thick, with markers) against the step, with one colour per run.
 
     Args:
-        histories: a run's name -> its log as ``trainer.state.log_history`` has it: mappings with ``step`` and ``loss``
-            or ``eval_loss``; entries with neither, and losses that are not finite, are left out.
-        path: the image to write; its suffix says the format (.png, .pdf, .svg).
-        title: above the axes.
+        histories: maps the name of a run to its log, in the format of ``trainer.state.log_history``: mappings with
+            ``step`` and ``loss`` or ``eval_loss``. Other entries and losses that are not finite are ignored.
+        path: the image file to write. Its suffix determines the format (.png, .pdf, .svg).
+        title: the title above the axes.
 
     Returns:
-        The path, once the whole file is there.
+        The path, after the whole file has been written.
 
     Raises:
-        ValueError: when no run has a loss to draw.
+        ValueError: if no run has a finite loss.
     """
     figure = _figure(8, 5)
     axes = figure.add_subplot()
@@ -49,37 +49,37 @@ def plot_losses(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: str 
 
 
 def plot_gsnr(rows: "Sequence[GSNRRow]", path: str | Path) -> Path:
-    """Draw the g-SNR of every calibrated block, in the model's order from the top, on a logarithmic axis.
+    """Plot the g-SNR of every calibrated block on a logarithmic axis, from top to bottom in the model's order.
 
-    A mark shows sqrt(d), the g-SNR of a zero-mean gradient of d elements: a block to its right has a gradient with
-    a mean that stands out of its noise.
+    A mark shows sqrt(d), the g-SNR of a zero-mean gradient of d elements. A block to the right of its mark has a
+    gradient whose mean is large compared to its noise.
 
     Args:
-        rows: what :func:`hf_sai.gsnr_table` returns.
-        path: the image to write; its suffix says the format.
+        rows: the result of :func:`hf_sai.gsnr_table`.
+        path: the image file to write. Its suffix determines the format.
 
     Returns:
-        The path, once the whole file is there.
+        The path, after the whole file has been written.
 
     Raises:
-        ValueError: when no block is calibrated yet.
+        ValueError: if no block is calibrated yet.
     """
     calibrated = [row for row in rows if row.calibrated]
     if not calibrated:
         raise ValueError("no block is calibrated yet: plot after the first optimizer step")
-    named = len(calibrated) <= 100  # more names than that cannot be read
+    named = len(calibrated) <= 100  # more names are not readable
     figure = _figure(9, max(2.5, 0.17 * len(calibrated) + 1) if named else 10)
     axes = figure.add_subplot()
-    places = range(len(calibrated))
-    axes.scatter([math.sqrt(row.numel) for row in calibrated], places, s=40, marker="|", color="0.5", label="sqrt(d)")
-    axes.scatter([row.gsnr for row in calibrated], places, s=14, label="g-SNR")
+    heights = range(len(calibrated))
+    axes.scatter([math.sqrt(row.numel) for row in calibrated], heights, s=40, marker="|", color="0.5", label="sqrt(d)")
+    axes.scatter([row.gsnr for row in calibrated], heights, s=14, label="g-SNR")
     axes.set_xscale("log")
     _plain_ticks(axes.xaxis)
     axes.set_xlabel("g-SNR of the first gradient")
     axes.set_ylim(len(calibrated) - 0.3, -0.7)
     axes.set_title(f"{len(calibrated)} of {len(rows)} blocks calibrated")
     if named:
-        axes.set_yticks(places, [_plain(row.name) for row in calibrated], fontsize=6)
+        axes.set_yticks(heights, [_plain(row.name) for row in calibrated], fontsize=6)
     else:
         axes.set_ylabel("block, in the model's order")
     axes.grid(alpha=0.3)
@@ -88,12 +88,12 @@ def plot_gsnr(rows: "Sequence[GSNRRow]", path: str | Path) -> Path:
 
 
 def _plain(text: str) -> str:
-    """A label shown as it is: no mathematics between dollars, none left out for a leading underscore."""
+    """Escape a label, so that dollars do not start math mode and a leading underscore does not hide it."""
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def _plain_ticks(axis: Any) -> None:
-    """Label a logarithmic axis, once all is drawn, in full at 1, 2 and 5 of each decade; at every digit within one."""
+    """Label a logarithmic axis at 1, 2 and 5 of each decade, or at every digit within one. Call it after drawing."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     low, high = axis.get_view_interval()

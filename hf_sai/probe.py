@@ -1,4 +1,4 @@
-"""One batch through a causal language model, and what SGDSaI makes of it: the g-SNR and scale of every block."""
+"""Measures the g-SNR and scale of every block of a causal language model on one batch."""
 
 import gzip
 import json
@@ -15,7 +15,7 @@ from hf_sai.initialisation import initialise
 from hf_sai.optimizer import SGDSaI
 from hf_sai.table import gsnr_table
 
-# layers, heads, width of GPT-2; "5m" with a vocabulary of 8,192 and 512 positions has 5.4 M parameters
+# The layers, heads and width of GPT-2. "5m" has 5.4 M parameters with a vocabulary of 8,192 and 512 positions.
 GPT2_SIZES = {
     "tiny": (2, 4, 128),
     "5m": (4, 4, 256),
@@ -24,18 +24,19 @@ GPT2_SIZES = {
     "large": (36, 20, 1280),
     "xl": (48, 25, 1600),
 }
-_SEQUENCES_AT_ONCE = 8  # larger batches are accumulated, which gives the same gradient
+_SEQUENCES_AT_ONCE = 8  # gradients of larger batches are accumulated, with the same result
 _SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
 class Probed(NamedTuple):
-    """What a batch says of a model.
+    """The result of a probe.
 
     Attributes:
-        loss: the mean over the batch's tokens, in nats.
-        steps: gradients until every block was calibrated: 2 with LoRA, whose A has none at the first.
-        blocks: for each block ``name``, ``kind``, ``layer``, ``shape``, ``numel``, ``gsnr`` and ``scale``; the last two
-            are ``None`` where the gradient stayed zero.
+        loss: the mean loss over the batch's tokens, in nats.
+        steps: the number of gradients until every block was calibrated. It is 2 with LoRA, because the first gradient
+            of A is zero.
+        blocks: ``name``, ``kind``, ``layer``, ``shape``, ``numel``, ``gsnr`` and ``scale`` of each block. The last two
+            are ``None`` if the gradient stayed zero.
     """
 
     loss: float
@@ -44,17 +45,17 @@ class Probed(NamedTuple):
 
 
 def probe(model: nn.Module, batch: Tensor, scaling: str) -> Probed:
-    """Calibrate an SGDSaI on a batch. The model takes one or two optimizer steps: throw it away afterwards.
+    """Calibrate an SGDSaI on a batch. This takes one or two optimizer steps, so discard the model afterwards.
 
-    A block whose first gradient is zero (LoRA's A, while B is zero) is calibrated at a second step on the same batch.
+    A block whose first gradient is zero (LoRA's A, while B is zero) is calibrated in a second step on the same batch.
 
     Args:
         model: a transformers model that returns logits, in evaluation mode (no dropout).
-        batch: token ids, (sequences, length), int64; each token but a sequence's first is predicted.
-        scaling: SGDSaI's.
+        batch: token ids, (sequences, length), int64. Every token except the first of a sequence is predicted.
+        scaling: the scaling of SGDSaI.
 
     Raises:
-        ValueError: when the loss is not finite.
+        ValueError: if the loss is not finite.
     """
     optimizer = SGDSaI([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0, scaling=scaling)
     losses: list[float] = []
@@ -94,15 +95,15 @@ def _backward(model: nn.Module, batch: Tensor) -> float:
 
 
 def load_tokenizer(name: str, option: str) -> Any:
-    """A tokenizer by hub name or folder; ``option`` is what the error calls the source of ``name``."""
+    """Load a tokenizer by hub name or folder. ``option`` is the source of ``name`` in error messages."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{option}: there is no tokenizer at {name!r}, in a folder or within reach on the hub; "
-            "give a folder or a name that has one with --tokenizer"
+            f"{option}: no tokenizer found for {name!r}, neither as a folder nor on the hub; "
+            "pass --tokenizer with a folder or a hub name that has one"
         ) from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{option}: the tokenizer {name!r} has no end-of-text token to put between documents")
@@ -110,31 +111,31 @@ def load_tokenizer(name: str, option: str) -> Any:
 
 
 def load_model(name: str) -> nn.Module:
-    """A causal language model with its weights, in float32, by hub name or folder."""
+    """Load a causal language model with its weights, in float32, by hub name or folder."""
     from transformers import AutoModelForCausalLM
 
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-        raise ValueError(f"--model: there is no folder {name!r}; give a folder, a hub name, or --config")
+        raise ValueError(f"--model: there is no folder {name!r}; pass a folder, a hub name, or --config")
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--model: {name!r} is not a causal language model in a folder or within reach on the hub "
-            f"({str(error).splitlines()[0]}); give a folder, or --config for fresh weights"
+            f"--model: no causal language model found for {name!r}, neither as a folder nor on the hub "
+            f"({str(error).splitlines()[0]}); pass a folder, or --config for new weights"
         ) from error
-    found: nn.Module = model.float().eval()
-    return found
+    in_float32: nn.Module = model.float().eval()
+    return in_float32
 
 
 def fresh_model(name: str, tokenizer: Any, scheme: str, seed: int) -> nn.Module:
-    """A causal language model with fresh weights, in float32.
+    """Build a causal language model with new weights, in float32.
 
     Args:
         name: one of ``GPT2_SIZES`` (1,024 positions, the tokenizer's vocabulary), or the folder or hub name of a
             configuration.
-        tokenizer: for its vocabulary.
-        scheme: of :func:`hf_sai.initialisation.initialise`.
-        seed: of the weights.
+        tokenizer: the tokenizer, which determines the vocabulary size.
+        scheme: a scheme of :func:`hf_sai.initialisation.initialise`.
+        seed: the seed of the weights.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
@@ -147,8 +148,8 @@ def fresh_model(name: str, tokenizer: Any, scheme: str, seed: int) -> nn.Module:
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"--config: {name!r} is not a model's configuration in a folder or within reach on the hub; "
-                f"give a folder, or a size of GPT-2: {', '.join(GPT2_SIZES)}"
+                f"--config: no model configuration found for {name!r}, neither as a folder nor on the hub; "
+                f"pass a folder, or a size of GPT-2: {', '.join(GPT2_SIZES)}"
             ) from error
     torch.manual_seed(seed)
     family: Any = AutoModelForCausalLM
@@ -158,7 +159,7 @@ def fresh_model(name: str, tokenizer: Any, scheme: str, seed: int) -> nn.Module:
 
 
 def add_lora(model: nn.Module, rank: int, seed: int) -> nn.Module:
-    """The model frozen, with LoRA of that rank on the layers that PEFT chooses for its family."""
+    """Freeze the model and add LoRA of this rank to the layers that PEFT selects for its architecture."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
@@ -174,7 +175,7 @@ def add_lora(model: nn.Module, rank: int, seed: int) -> nn.Module:
 
 
 def token_batch(tokenizer: Any, documents: Iterator[str], sequences: int, length: int, option: str) -> Tensor:
-    """The first tokens of the documents, an end-of-text token after each, as (sequences, length) int64."""
+    """The first tokens of the documents, as (sequences, length) int64. An end-of-text token follows each document."""
     ids: list[int] = []
     for document in documents:
         ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
@@ -182,18 +183,18 @@ def token_batch(tokenizer: Any, documents: Iterator[str], sequences: int, length
         if len(ids) >= sequences * length:
             return torch.tensor(ids[: sequences * length]).view(sequences, length)
     raise ValueError(
-        f"{option}: a batch needs {sequences} x {length} tokens, the text has {len(ids)}: "
-        "give more text, or a smaller --batch-size or --block-size"
+        f"{option}: a batch needs {sequences} x {length} tokens, but the text has {len(ids)}; "
+        "provide more text, or reduce --batch-size or --block-size"
     )
 
 
 def read_documents(source: str, column: str) -> Iterator[str]:
-    """The documents of a local file, or of the training split of a data set on the hub.
+    """Read the documents of a local file, or of the training split of a data set on the hub.
 
     Args:
-        source: a ``.txt`` (documents end at empty lines), ``.jsonl`` (both also with ``.gz``) or ``.parquet`` file, or
-            a name on the hub.
-        column: of the text, in a jsonl file, a parquet file and a data set.
+        source: a ``.txt``, ``.jsonl`` or ``.parquet`` file, or a name on the hub. Empty lines separate the documents of
+            a ``.txt`` file. ``.txt`` and ``.jsonl`` files may be gzipped (``.gz``).
+        column: the column with the text in a jsonl file, a parquet file or a data set.
     """
     path = Path(source)
     suffix = Path(source.removesuffix(".gz")).suffix
@@ -235,8 +236,8 @@ def _of_row(line: str, where: str, column: str) -> str:
         raise ValueError(f"{where}: not JSON: {error}") from error
     text = row.get(column) if isinstance(row, dict) else None
     if not isinstance(text, str):
-        found = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
-        raise ValueError(f"{where}: no text {column!r} in {found}; name it with --text-column")
+        content = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
+        raise ValueError(f"{where}: no text {column!r} in {content}; set --text-column")
     return text
 
 
@@ -248,9 +249,7 @@ def _parquet_documents(path: Path, column: str) -> Iterator[str]:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             if column not in names:
-                raise ValueError(
-                    f"--data: {path} has no column {column!r}, it has {', '.join(names)}; name it with --text-column"
-                )
+                raise ValueError(f"--data: {path} has no column {column!r}, only {', '.join(names)}; set --text-column")
             for batch in file.iter_batches(batch_size=64, columns=[column]):
                 yield from (str(text) for text in batch.column(0).to_pylist() if text is not None)
     except pyarrow.ArrowException as error:
@@ -264,10 +263,10 @@ def _hub_documents(name: str, column: str) -> Iterator[str]:
         rows = datasets.load_dataset(name, split="train", streaming=True)
         for row in rows:
             if column not in row:
-                raise KeyError(f"it has no column {column!r} but {', '.join(row)}; name it with --text-column")
+                raise KeyError(f"it has no column {column!r}, only {', '.join(row)}; set --text-column")
             yield row[column]
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise ValueError(
             f"--data: {name!r} is not a local file and could not be read from the hub "
-            f"({str(error).splitlines()[0][:200]}): give a local {', '.join(_SUFFIXES)} file, or check the network"
+            f"({str(error).splitlines()[0][:200]}); pass a local {', '.join(_SUFFIXES)} file, or check the network"
         ) from error

@@ -1,4 +1,4 @@
-"""``register()``: ``optim="sgd_sai"`` in every stock Trainer of a process."""
+"""``register()``: makes ``optim="sgd_sai"`` valid in every stock Trainer of a process."""
 
 import functools
 from collections.abc import Callable
@@ -15,13 +15,13 @@ from hf_sai.optim_args import normalize_optim_args
 def register() -> None:
     """Make ``optim="sgd_sai"`` valid in every Trainer and TrainingArguments of this process.
 
-    It adds a name to transformers' ``OptimizerNames``, makes ``Trainer.get_optimizer_cls_and_kwargs`` return SGDSaI for
-    it, and makes ``TrainingArguments`` check ``optim_args``. Stock and third-party trainers, ``HfArgumentParser``
+    This adds a name to transformers' ``OptimizerNames``, makes ``Trainer.get_optimizer_cls_and_kwargs`` return SGDSaI
+    for it, and makes ``TrainingArguments`` check ``optim_args``. Stock and third-party trainers, ``HfArgumentParser``
     (command line, YAML, JSON) and ``set_optimizer`` then accept it like any other name. A second call does nothing.
 
-    A ``training_args.bin`` written afterwards holds the name as a plain string and loads in a process that has not
-    called this. A child process calls this itself or is started under :mod:`hf_sai.launch`. A child of
-    ``multiprocessing`` is also registered when it receives training arguments that name ``sgd_sai``.
+    A ``training_args.bin`` written afterwards contains the name as a plain string. It loads in a process that has not
+    called ``register()``. A child process must call it too, unless it is started under :mod:`hf_sai.launch`. A child of
+    ``multiprocessing`` is also registered when it receives training arguments with ``sgd_sai``.
 
     Example:
         >>> register()
@@ -45,14 +45,14 @@ def register() -> None:
 
 
 def _optimizer_name(value: str) -> OptimizerNames:
-    """The member that a child of multiprocessing unpickles for a name in its parent's arguments."""
+    """The enum member for a name in the parent's arguments. Children of multiprocessing call this to unpickle it."""
     if value == OPTIM_NAME:
         register()
     return OptimizerNames(value)
 
 
 def _then_check(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of the arguments that then reads ``optim_args``, while the model is still to be loaded."""
+    """Wrap a method of the arguments so that it also checks ``optim_args``, before the model is loaded."""
 
     @functools.wraps(stock)
     def method(self: TrainingArguments, *rest: Any, **kwargs: Any) -> Any:
@@ -65,16 +65,16 @@ def _then_check(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _add_optimizer_name() -> None:
-    """Append ``SGD_SAI`` to ``OptimizerNames``, as Python's enum machinery would do for a line of the class body."""
+    """Append ``SGD_SAI`` to ``OptimizerNames``, as Python's enum code does for a line in the class body."""
     member: Any = str.__new__(OptimizerNames, OPTIM_NAME)
     member._name_ = "SGD_SAI"
     member._value_ = OPTIM_NAME
     member.__objclass__ = OptimizerNames
-    # A process that has not called register() has no such member: pickle the plain string, which compares equal.
+    # A process that has not called register() has no such member, so this pickles the plain string, which is equal.
     member.__reduce_ex__ = lambda protocol: (str, (OPTIM_NAME,))
     type.__setattr__(OptimizerNames, "SGD_SAI", member)
     OptimizerNames._member_names_.append("SGD_SAI")
     OptimizerNames._member_map_["SGD_SAI"] = member
     OptimizerNames._value2member_map_[OPTIM_NAME] = member
-    # Python 3.13 looks here to answer `value in OptimizerNames`.
+    # Python 3.13 uses this list for `value in OptimizerNames`.
     getattr(OptimizerNames, "_hashable_values_", []).append(OPTIM_NAME)

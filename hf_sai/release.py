@@ -1,16 +1,18 @@
 """Gradient release: each parameter is updated inside ``backward``, and its gradient is freed at once.
 
-Only one parameter's gradient is in memory at a time: full fine-tuning needs the parameters, the momentum, one gradient
-and the activations. The optimizer stays one object, so that learning-rate schedulers, ``state_dict`` and ``gsnr_table``
-work as always, and training is bit for bit that of ordinary steps; ``step`` then only ends the step.
+Only one parameter's gradient is in memory at a time. Full fine-tuning needs memory for the parameters, the momentum,
+one gradient and the activations. There is still one optimizer, so learning-rate schedulers, ``state_dict`` and
+``gsnr_table`` work as usual. The result is bitwise equal to that of ordinary steps. ``step`` only ends the step.
 
-It excludes whatever an update inside backward is too early for:
+An update inside backward comes too early for the following:
 
-- gradient accumulation: the parameters would move between the micro-batches. A second backward before ``step`` raises.
-- clipping by the global norm: the norm is known only after the last gradient. ``clip_grad_norm_`` finds no gradients
-  and does nothing; ``SaITrainer`` refuses ``max_grad_norm > 0``. ``scaling="adamw"`` bounds updates without it.
+- Gradient accumulation: the parameters would change between micro-batches. A second backward before ``step`` raises an
+  error.
+- Clipping by the global norm: the norm is known only after the last gradient. ``clip_grad_norm_`` finds no gradients
+  and does nothing, and ``SaITrainer`` refuses ``max_grad_norm > 0``. ``scaling="adamw"`` bounds updates without
+  clipping.
 - DDP and FSDP: gradients are reduced over processes after they have been accumulated.
-- ``GradScaler``: whether a gradient overflowed is known only after the last one. Use bfloat16.
+- ``GradScaler``: it knows only after the last gradient whether one has overflowed. Use bfloat16.
 - ``scaling="max"``: it compares the first gradients of all blocks.
 """
 
@@ -26,16 +28,16 @@ from hf_sai.shards import is_dtensor
 
 
 class GradientRelease:
-    """Hooks that update each parameter as soon as its gradient is complete; ``remove()`` removes them.
+    """Hooks that update each parameter as soon as its gradient is complete. ``remove()`` removes them.
 
     Args:
-        optimizer: what trains the model.
-        model: it must hold every parameter of the optimizer.
-        track_norm: keep the global norm of the gradients of each backward, on the device.
+        optimizer: the optimizer of the model.
+        model: a model that contains every parameter of the optimizer.
+        track_norm: compute the global gradient norm of each backward, on the device.
 
     Raises:
         ValueError: for a model or parameters whose gradients are reduced over processes, ``scaling="max"``, or an
-            optimizer that releases gradients already.
+            optimizer that already releases gradients.
 
     Example:
         >>> model = torch.nn.Linear(4, 2)
@@ -55,14 +57,14 @@ class GradientRelease:
             )
         check_model(model)
         if optimizer.releases_gradients:
-            raise ValueError("release_gradients is active already; remove() its handle first")
+            raise ValueError("release_gradients is already active; call remove() on its handle first")
         _check_model(optimizer, model)
         self._optimizer = optimizer
         self._track_norm = track_norm
         self._released: set[Tensor] = set()
         self._squares: list[Tensor] = []
         self._norm: Tensor | None = None
-        # The groups are looked up when they are used: loading a state dict replaces them.
+        # The hooks look up the groups on each call, because loading a state dict replaces them.
         self._hooks = [
             p.register_post_accumulate_grad_hook(self._hook(i, j))
             for i, group in enumerate(optimizer.param_groups)
@@ -72,7 +74,7 @@ class GradientRelease:
         optimizer._release = self
 
     def remove(self) -> None:
-        """Remove the hooks: from now on ``step`` updates the parameters, from gradients that backward keeps.
+        """Remove the hooks. Afterwards backward keeps gradients again, and ``step`` updates the parameters.
 
         Example:
             >>> model = torch.nn.Linear(4, 2)
@@ -90,7 +92,7 @@ class GradientRelease:
         """The global norm of the gradients of the last backward.
 
         Returns:
-            A float32 scalar on the device of the parameters; None where the norm is not tracked.
+            A float32 scalar on the device of the parameters, or None if the norm is not tracked.
 
         Example:
             >>> model = torch.nn.Linear(1, 1)
@@ -105,7 +107,7 @@ class GradientRelease:
         return self._norm
 
     def clear(self) -> None:
-        """Forget a backward that did not finish; parameters that it has updated stay updated."""
+        """Discard a backward that did not finish. Parameters that it has updated stay updated."""
         self._released.clear()
         self._squares.clear()
 
@@ -113,7 +115,7 @@ class GradientRelease:
         """End the step.
 
         Raises:
-            RuntimeError: under GradScaler, or for a gradient that the hooks have not seen.
+            RuntimeError: under GradScaler, or for a gradient that the hooks did not see.
         """
         optimizer = self._optimizer
         for group in optimizer.param_groups:
@@ -121,7 +123,8 @@ class GradientRelease:
                 if p.grad is not None:
                     raise RuntimeError(
                         f"{block_name(group, j)} has a gradient that release_gradients did not see: it was set by "
-                        "hand, or needed none when the hooks were made; remove() them, and release again"
+                        "hand, or the parameter did not require one when the hooks were created; call remove(), then "
+                        "release_gradients again"
                     )
         self.norm()
         self.clear()
@@ -147,15 +150,15 @@ class GradientRelease:
 
 
 def release_gradients(optimizer: SGDSaI, model: nn.Module, *, track_norm: bool = False) -> GradientRelease:
-    """Update each parameter inside ``backward`` and free its gradient at once; ``step`` then only ends the step.
+    """Update each parameter inside ``backward`` and free its gradient at once. ``step`` then only ends the step.
 
     Args:
-        optimizer: what trains the model.
-        model: it must hold every parameter of the optimizer.
-        track_norm: keep the global norm of the gradients of each backward in ``optimizer.released_norm``.
+        optimizer: the optimizer of the model.
+        model: a model that contains every parameter of the optimizer.
+        track_norm: store the global gradient norm of each backward in ``optimizer.released_norm``.
 
     Returns:
-        A handle: ``remove()`` goes back to ordinary steps.
+        A handle. Its ``remove()`` restores ordinary steps.
 
     Raises:
         ValueError: see :class:`GradientRelease`.
@@ -171,17 +174,17 @@ def release_gradients(optimizer: SGDSaI, model: nn.Module, *, track_norm: bool =
 
 
 def _check_model(optimizer: SGDSaI, model: nn.Module) -> None:
-    """Raise ValueError for what cannot be right; see the head of this file."""
+    """Raise ValueError for the cases that the docstring of this module excludes."""
     held = set(model.parameters())
     for group in optimizer.param_groups:
         if group["scaling"] == "max":
             raise ValueError(
-                "release_gradients cannot be used with scaling='max', which compares the first gradients of all "
+                "release_gradients does not work with scaling='max', which compares the first gradients of all "
                 "blocks; use scaling='adamw' or 'raw'"
             )
         for i, p in enumerate(group["params"]):
             if p not in held:
-                raise ValueError(f"release_gradients: the model does not hold {block_name(group, i)}")
+                raise ValueError(f"release_gradients: the model does not contain {block_name(group, i)}")
             if is_dtensor(p):
                 raise ValueError(_REDUCED.format(what="a sharded model (FSDP)"))
     if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -193,6 +196,6 @@ def _check_model(optimizer: SGDSaI, model: nn.Module) -> None:
 
 
 _REDUCED = (
-    "release_gradients cannot be used with {what}: it updates each parameter as soon as its own process has the "
-    "gradient, before gradients are reduced over processes; train on one device, or without it"
+    "release_gradients does not work with {what}: it updates each parameter as soon as its own process has the "
+    "gradient, before gradients are reduced over processes; train on one device, or without release_gradients"
 )

@@ -1,4 +1,4 @@
-"""Checks of the optimizer state that a resumed run loads: whether it is another optimizer's or has other settings."""
+"""Checks whether the optimizer state that a resumed run loads is from another optimizer or has other settings."""
 
 import warnings
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from hf_sai.optimizer import SGDSaI
 
-# What transformers calls them in `optim`.
+# The names of optimizers in transformers' `optim`.
 _OPTIM_NAMES = {
     "SGDSaI": "sgd_sai",
     "SGD": "sgd",
@@ -21,16 +21,16 @@ _OPTIM_NAMES = {
 
 
 def compare_when_loading(optimizer: Optimizer) -> None:
-    """Look at each state dict before the optimizer loads it.
+    """Check each state dict before the optimizer loads it.
 
-    A run that resumes keeps the settings of its checkpoint. The optimizer then warns of those that its arguments have
-    changed. Between SGDSaI and other optimizers state is refused.
+    A resumed run keeps the settings of its checkpoint. If its arguments have other settings, it warns. SGDSaI and other
+    optimizers refuse each other's state.
     """
     optimizer.register_load_state_dict_pre_hook(_compare)
 
 
 def optimizer_of(group: Mapping[str, Any]) -> str:
-    """The optimizer that a saved param group is of: its name, or its settings where none of torch has these."""
+    """The name of the optimizer that saved a param group, or its settings if no optimizer of torch has these."""
     if "scaling" in group:
         return SGDSaI.__name__
     keys = group.keys() - {"params", "param_names", "initial_lr"}
@@ -53,27 +53,27 @@ def _default_group(cls: Any) -> dict[str, Any]:
 def _compare(optimizer: Optimizer, state_dict: Any) -> None:
     saved_groups = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
     if not isinstance(saved_groups, list) or not all(isinstance(group, Mapping) for group in saved_groups):
-        return  # SGDSaI itself says what is wrong
+        return  # SGDSaI itself raises the error
     for saved in saved_groups:
         if isinstance(optimizer, SGDSaI) != ("scaling" in saved):
             name = optimizer_of(saved)
             remedy = f"optim={_OPTIM_NAMES[name]!r}" if name in _OPTIM_NAMES else "the optimizer that saved it"
             raise ValueError(
-                f"the optimizer state in the checkpoint is that of {name}, not of {type(optimizer).__name__}; resume "
+                f"the optimizer state in the checkpoint is from {name}, not from {type(optimizer).__name__}; resume "
                 f"with {remedy}, or start from the checkpoint's weights: load them with from_pretrained, without "
                 "resume_from_checkpoint"
             )
     changed: dict[str, str] = {}
     for group, saved in zip(optimizer.param_groups, saved_groups, strict=False):
         for key in (name for name in optimizer.defaults if name != "step"):
-            # What a scheduler has made of the learning rate is no setting.
-            place = "initial_lr" if key == "lr" else key
-            if place in group and place in saved and _plain(group[place]) != _plain(saved[place]):
-                changed.setdefault(key, f"{key} {saved[place]} ({group[place]} in this run's arguments)")
+            # A learning rate that a scheduler has changed is not a setting.
+            name = "initial_lr" if key == "lr" else key
+            if name in group and name in saved and _plain(group[name]) != _plain(saved[name]):
+                changed.setdefault(key, f"{key} {saved[name]} ({group[name]} in this run's arguments)")
     if changed:
         warnings.warn(
-            "the resumed run keeps the optimizer settings of its checkpoint, which differ: "
-            f"{', '.join(changed.values())}. To train with new ones, start from the checkpoint's weights without "
+            "the resumed run keeps the optimizer settings of its checkpoint, which differ from its arguments: "
+            f"{', '.join(changed.values())}. To train with new settings, start from the checkpoint's weights without "
             "resume_from_checkpoint",
             stacklevel=3,
         )

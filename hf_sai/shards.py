@@ -1,4 +1,4 @@
-"""Parameters of which this process holds a part: DTensor (FSDP2, HSDP, TP) and the partitions of DeepSpeed ZeRO."""
+"""Parameters that are split over processes: DTensor (FSDP2, HSDP, TP) and the partitions of DeepSpeed ZeRO."""
 
 import sys
 from collections.abc import Sequence
@@ -7,20 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Exact-type check: ten times faster than isinstance, and true for almost every tensor.
+# The types for an exact check. It is ten times faster than isinstance and succeeds for almost every tensor.
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Segment:
-    """A block of which this process holds a contiguous part, or nothing, in a flat buffer: DeepSpeed ZeRO 1 and 2.
+    """This process's part of a block in a flat buffer of DeepSpeed ZeRO 1 or 2. The part is contiguous or empty.
 
     Attributes:
-        name: what the block is called in messages.
-        part: what this process holds of it, one dimension, a view of the buffer.
+        name: the name of the block in messages.
+        part: the part of the block on this process, one dimension, a view of the buffer.
         start: the index in the flattened block at which ``part`` begins.
         shape: the shape of the whole block.
-        group: the processes that hold its parts.
-        device: where these processes communicate; the buffer can be in host memory.
+        group: the processes that hold the parts of the block.
+        device: the device on which these processes communicate. The buffer can be in host memory.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Segment:
 
 
 def is_dtensor(tensor: Tensor | Segment) -> bool:
-    """Whether ``tensor`` is a ``DTensor``, asked without importing ``torch.distributed.tensor``."""
+    """Whether ``tensor`` is a ``DTensor``. This does not import ``torch.distributed.tensor``."""
     if type(tensor) in _PLAIN:
         return False
     module = sys.modules.get("torch.distributed.tensor")
@@ -50,7 +50,7 @@ def is_sharded(tensor: Tensor | Segment) -> bool:
 
 
 def to_local(tensor: Tensor | Segment) -> Tensor:
-    """The part of ``tensor`` that this process holds; the tensor itself if it is not sharded."""
+    """The part of ``tensor`` on this process, or ``tensor`` itself if it is not sharded."""
     if type(tensor) in _PLAIN:
         return tensor  # type: ignore[return-value]
     if isinstance(tensor, Segment):
@@ -65,7 +65,7 @@ def to_local(tensor: Tensor | Segment) -> Tensor:
 
 
 def gradient(p: Tensor) -> Tensor | None:
-    """The gradient of ``p``, placed as ``p`` is."""
+    """The gradient of ``p``, with the placements of ``p``."""
     grad = p.grad
     if grad is not None and type(grad) not in _PLAIN and is_dtensor(p) and grad.placements != p.placements:  # type: ignore[attr-defined]
         grad = grad.redistribute(placements=p.placements)  # type: ignore[attr-defined]
@@ -73,11 +73,11 @@ def gradient(p: Tensor) -> Tensor | None:
 
 
 def sharded_like(values: Tensor, shape: torch.Size, p: Tensor) -> Tensor:
-    """``values`` as a DTensor of ``shape`` that is split where ``p`` is, or themselves where no dimension of it is.
+    """``values`` as a DTensor of ``shape`` that is split like ``p``. If no dimension is split, ``values`` itself.
 
     Args:
-        values: what this process holds.
-        shape: as many dimensions as ``p``, each of its size or 1; a dimension of size 1 is held by every process.
+        values: the local values.
+        shape: the shape of ``p``, in which some dimensions may be reduced to 1. Every process holds these whole.
         p: the parameter.
     """
     if not is_dtensor(p):
@@ -98,15 +98,15 @@ def sharded_like(values: Tensor, shape: torch.Size, p: Tensor) -> Tensor:
 def reduction_groups(
     params: Sequence[Tensor | Segment], reduced: Sequence[Sequence[int]] | None = None
 ) -> dict[Any, tuple[list[int], str | torch.device]]:
-    """The process groups over which sums over local elements become sums over whole blocks.
+    """The process groups over which local sums must be added to get sums over whole blocks.
 
     Args:
         params: the blocks, in the same order on every process.
-        reduced: the dimensions of each block that are summed over; all of them by default.
+        reduced: the dimensions of each block that are summed, by default all.
 
     Returns:
-        For each process group, in the order in which all processes must use them, the indices of the blocks that it
-        holds in parts and the device on which it communicates.
+        For each process group, the indices of the blocks that are split over it, and the device on which it
+        communicates. All processes must use the groups in this order.
     """
     groups: dict[Any, tuple[list[int], str | torch.device]] = {}
     for i, p in enumerate(params):
@@ -115,7 +115,7 @@ def reduction_groups(
         elif is_dtensor(p):
             mesh = p.device_mesh  # type: ignore[attr-defined]
             for dim, placement in enumerate(p.placements):  # type: ignore[attr-defined]
-                # Not `is_shard()`: the strided shards of FSDP2 with tensor parallelism answer False to it.
+                # `is_shard()` is False for the strided shards of FSDP2 with tensor parallelism.
                 if placement.is_replicate():
                     continue
                 if reduced is None or placement.dim in reduced[i] or p.shape[placement.dim] == 1:
@@ -124,7 +124,7 @@ def reduction_groups(
 
 
 def shard_number(p: Tensor) -> int:
-    """Which of a parameter's shards this process holds; 0 for a parameter that is not sharded."""
+    """The number of the parameter's shard on this process, or 0 if the parameter is not sharded."""
     number = 0
     if is_dtensor(p):
         mesh: Any = p.device_mesh  # type: ignore[attr-defined]

@@ -1,16 +1,16 @@
-"""What SGDSaI keeps of a parameter, and how it is allocated and restored.
+"""The state that SGDSaI keeps for each parameter: its entries, allocation and restoring.
 
-- ``momentum_buffer``: the parameter's shape; absent when momentum is 0.
+- ``momentum_buffer``: the parameter's shape; absent if momentum is 0.
 - ``gsnr``: 0-dim float32; 0 until the block is calibrated.
 - ``scale``: float32, the block's shape with the dimensions of a channel reduced to 1 (see :mod:`hf_sai.channels`).
-- ``column_scale``: float32, (1, columns); of matrices only.
-- ``calibration_step``: 0-dim int64 on the CPU; the usable gradients that the scale was made from, capped.
-- ``momentum_scale``: one dimension, float32; with int8 momentum only.
-- ``rounding_step``: 0-dim int64; updates so far, where something is rounded stochastically.
+- ``column_scale``: float32, (1, columns); for matrices only.
+- ``calibration_step``: 0-dim int64 on the CPU; the capped number of usable gradients in the scale.
+- ``momentum_scale``: one dimension, float32; for int8 momentum only.
+- ``rounding_step``: 0-dim int64; the number of updates so far; for stochastic rounding only.
 
-For a flat partition of DeepSpeed's, ``gsnr`` and ``calibration_step`` have one number for each block in it, and
-``scale`` and ``column_scale`` those of all blocks one after the other. Nothing else but the groups' options and
-``step`` affects training.
+For a flat DeepSpeed partition, ``gsnr`` and ``calibration_step`` have one number for each block in the partition.
+``scale`` and ``column_scale`` are the concatenated scales of all blocks. Besides these entries, only the groups'
+options and ``step`` affect training.
 """
 
 from collections.abc import Mapping, MutableMapping, Sequence
@@ -24,7 +24,7 @@ from hf_sai.momentum import scale_count
 from hf_sai.options import momentum_dtype
 from hf_sai.shards import is_dtensor, sharded_like, to_local
 
-# The entries that keep their dtype whatever the parameter's is.
+# These entries have a fixed dtype that does not depend on the parameter's.
 DTYPES = {
     "gsnr": torch.float32,
     "scale": torch.float32,
@@ -43,29 +43,29 @@ def allocate(
     name: str,
     blocks: Sequence[torch.Size] | None = None,
 ) -> None:
-    """Add to a parameter's state, as zeros, what its group asks for and it lacks.
+    """Add the entries that the group requires and the parameter's state lacks. They are zeros.
 
     Args:
-        state: of the parameter; what is there stays.
+        state: the state of the parameter. Existing entries are kept.
         p: the parameter.
         group: its param group.
-        name: of the parameter, for messages.
-        blocks: for a partition of DeepSpeed's, the shapes of the blocks in it.
+        name: the name of the parameter, for messages.
+        blocks: the shapes of the blocks in a DeepSpeed partition.
 
     Raises:
-        ValueError: for int8 momentum of a sharded parameter; nothing is allocated then.
+        ValueError: for int8 momentum of a sharded parameter. Nothing is allocated then.
     """
     dtype = momentum_dtype(p, group["momentum_dtype"]) if float(group["momentum"]) else p.dtype
     if dtype == torch.int8 and is_dtensor(p):
         raise ValueError(
-            f"momentum_dtype='int8' does not support sharded parameters, and {name} is a DTensor: elements that share "
+            f"momentum_dtype='int8' does not support sharded parameters, but {name} is a DTensor. Elements that share "
             "a scale may be on two processes; use 'bfloat16'"
         )
     if not float(group["momentum"]):
         state.pop("momentum_buffer", None)
         state.pop("momentum_scale", None)
     elif "momentum_buffer" not in state:
-        # int8 codes are in row-major order, whatever the parameter's memory format is.
+        # int8 codes are always in row-major order, for any memory format of the parameter.
         layout = torch.contiguous_format if dtype == torch.int8 else torch.preserve_format
         state["momentum_buffer"] = torch.zeros_like(p, dtype=dtype, memory_format=layout, requires_grad=False)
     if dtype == torch.int8 and "momentum_scale" not in state:
@@ -89,9 +89,9 @@ def scale_shapes(
     """The shapes of ``scale`` and, for a matrix, ``column_scale``.
 
     Args:
-        shape: of the parameter.
+        shape: the shape of the parameter.
         group: its param group.
-        blocks: for a partition of DeepSpeed's, the shapes of the blocks in it.
+        blocks: the shapes of the blocks in a DeepSpeed partition.
     """
     scaling = group["scaling"]
     if blocks is None:
@@ -99,8 +99,8 @@ def scale_shapes(
         shapes = {"scale": channels(shape, scaling).shape}
         return shapes if columns is None else {**shapes, "column_scale": columns.shape}
     shapes = {"scale": torch.Size([sum(channels(b, scaling).shape.numel() for b in blocks)])}
-    of_columns = [found.shape.numel() for b in blocks if (found := column_channels(b, scaling)) is not None]
-    return {**shapes, "column_scale": torch.Size([sum(of_columns)])} if of_columns else shapes
+    counts = [columns.shape.numel() for b in blocks if (columns := column_channels(b, scaling)) is not None]
+    return {**shapes, "column_scale": torch.Size([sum(counts)])} if counts else shapes
 
 
 def _zero_scales(p: Tensor, shape: torch.Size, flat: bool) -> Tensor:
@@ -112,7 +112,7 @@ def _zero_scales(p: Tensor, shape: torch.Size, flat: bool) -> Tensor:
 
 
 def restore(state: MutableMapping[str, Any], saved: dict[str, Any], p: Tensor, group: dict[str, Any]) -> None:
-    """Overwrite a parameter's state with copies of the saved tensors: torch has cast them to the parameter's dtype."""
+    """Overwrite a parameter's state, which torch cast to the parameter's dtype, with copies of the saved tensors."""
     for name in saved.keys() & set(STATE):
         dtype = DTYPES.get(name) or momentum_dtype(p, group["momentum_dtype"])
         device = torch.device("cpu") if name == "calibration_step" else p.device

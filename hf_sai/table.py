@@ -1,4 +1,4 @@
-"""What SGDSaI measured of each block, as rows to print, log or plot."""
+"""The measured g-SNR and scale of each block, as rows to print, log or plot."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,15 +13,15 @@ from hf_sai.shards import is_dtensor
 
 
 class GSNRRow(NamedTuple):
-    """One block of a model, as :func:`gsnr_table` lists it.
+    """One block of a model, as listed by :func:`gsnr_table`.
 
     Attributes:
         name: the parameter's name in the model.
-        shape: its shape; the global one where the parameter is a sharded ``DTensor``.
-        numel: d, its element count.
+        shape: its shape, or the global shape if the parameter is a sharded ``DTensor``.
+        numel: d, its number of elements.
         gsnr: its g-SNR (a ratio, without a unit), 0.0 until it is calibrated.
-        scale: what multiplies the learning rate, 0.0 until it is calibrated. Where each channel has a scale, one for
-            the whole block: the root of the harmonic mean of their squares.
+        scale: the factor of the learning rate, 0.0 until it is calibrated. If each channel has a scale, this is the
+            root of the harmonic mean of their squares.
         calibrated: whether it has had a usable gradient.
 
     Example:
@@ -40,20 +40,20 @@ class GSNRRow(NamedTuple):
 def gsnr_table(optimizer: Any, model: nn.Module) -> list[GSNRRow]:
     """The g-SNR and scale of every block that the optimizer trains, in the model's order.
 
-    g-SNR is equation 11 of the paper (arXiv 2412.11768). The call costs one host synchronisation. Sharded scales
-    (FSDP2, TP) are gathered, so all processes must call this together.
+    Equation 11 of the paper (arXiv 2412.11768) defines g-SNR. The call costs one host synchronisation. It gathers
+    sharded scales (FSDP2, TP), so all processes must call it together.
 
     Args:
-        optimizer: an :class:`SGDSaI`, or a wrapper that holds it as ``.optimizer`` (accelerate's).
-        model: the model whose parameters the optimizer holds. It may be compiled or wrapped for data parallelism.
+        optimizer: an :class:`SGDSaI`, or a wrapper with it as ``.optimizer`` (accelerate's).
+        model: the model that the optimizer trains. It may be compiled or wrapped for data parallelism.
 
     Returns:
-        One row for each trained parameter. Tied parameters are one block. A parameter that the optimizer holds and
-        the model does not comes last, named by its place in the param groups.
+        One row for each trained parameter. Tied parameters are one block. Parameters of the optimizer that are not in
+        the model come last, named by their index in the param groups.
 
     Raises:
         TypeError: if the optimizer is not an SGDSaI.
-        ValueError: if the model is no ``torch.nn.Module``.
+        ValueError: if the model is not a ``torch.nn.Module``.
 
     Example:
         >>> model = nn.Linear(4, 2)
@@ -68,7 +68,7 @@ def gsnr_table(optimizer: Any, model: nn.Module) -> list[GSNRRow]:
     blocks = sgd_sai.block_states()
     states = {p: state for _, p, state in blocks}
     named = {p: block.name for p, block in block_names(model).items() if p in states}
-    names: dict[Tensor, str] = {**named, **{p: place for place, p, _ in blocks if p not in named}}
+    names: dict[Tensor, str] = {**named, **{p: index for index, p, _ in blocks if p not in named}}
     measured = _to_host([states[p] for p in names])
     return [
         GSNRRow(name, tuple(p.shape), p.numel(), gsnr, scale, gsnr > 0.0)
@@ -77,9 +77,9 @@ def gsnr_table(optimizer: Any, model: nn.Module) -> list[GSNRRow]:
 
 
 def scale_of_block(scale: Tensor) -> Tensor:
-    """One scale, 0-dim float32, that stands for those of a block's channels; 0 for a block without any.
+    """One scale, 0-dim float32, that summarizes the scales of a block's channels; 0 for a block without a scale.
 
-    Where the scales are sharded, all processes must call this: it gathers them.
+    If the scales are sharded, all processes must call this, because it gathers them.
     """
     whole: Tensor = scale.full_tensor() if is_dtensor(scale) else scale  # type: ignore[attr-defined]
     if whole.numel() == 1:
@@ -89,7 +89,7 @@ def scale_of_block(scale: Tensor) -> Tensor:
 
 
 def unwrap_sgd_sai(optimizer: Any) -> SGDSaI:
-    """The SGDSaI that ``optimizer`` is or wraps; TypeError if there is none."""
+    """Return the SGDSaI that ``optimizer`` is or wraps. Raise TypeError if there is none."""
     inner = optimizer
     while not isinstance(inner, SGDSaI):
         if not hasattr(inner, "optimizer"):
@@ -99,7 +99,7 @@ def unwrap_sgd_sai(optimizer: Any) -> SGDSaI:
 
 
 def _to_host(states: Sequence[Mapping[str, Tensor]]) -> list[tuple[float, float]]:
-    """(gsnr, scale) of each state, zeros for a block that has none yet, with one synchronisation for all."""
+    """(gsnr, scale) of each state, with one synchronisation. They are zeros for a block without state."""
     pairs = [(s["gsnr"], scale_of_block(s["scale"])) for s in states if s]
     if not pairs:
         return [(0.0, 0.0)] * len(states)

@@ -17,17 +17,17 @@ from hf_sai.training_args import SaITrainingArguments
 class SaITrainer(ResumingTrainer):
     """A ``Trainer`` for :class:`SaITrainingArguments`, whose default optimizer is SGD-SaI.
 
-    It resumes only from a complete checkpoint, on any number of processes. It warns of optimizer settings that have
-    changed since then, and refuses the state of another optimizer.
+    It resumes only from a complete checkpoint, on any number of processes. It warns if optimizer settings have changed
+    since the checkpoint, and refuses the state of another optimizer.
 
     Args:
         model: as for ``Trainer``.
-        args: by default ``SaITrainingArguments("tmp_trainer")``.
+        args: the training arguments, by default ``SaITrainingArguments("tmp_trainer")``.
         rest: as for ``Trainer``.
         kwargs: as for ``Trainer``.
 
     Raises:
-        ValueError: when the optimizer is made, for stock ``TrainingArguments`` without ``optim="sgd_sai"``.
+        ValueError: for stock ``TrainingArguments`` without ``optim="sgd_sai"``, when the optimizer is created.
 
     Example:
         >>> trainer = SaITrainer(model, SaITrainingArguments("out", learning_rate=2e-4), train_dataset=data)
@@ -41,10 +41,10 @@ class SaITrainer(ResumingTrainer):
         super().__init__(model, SaITrainingArguments("tmp_trainer") if args is None else args, *rest, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As ``Trainer.train``; ``resume_from_checkpoint=True`` resumes from the last complete checkpoint.
+        """Like ``Trainer.train``. ``resume_from_checkpoint=True`` resumes from the last complete checkpoint.
 
         Args:
-            args: as for ``Trainer.train``. The number of processes may differ from that of the run that was saved.
+            args: as for ``Trainer.train``. The number of processes may differ from that of the saved run.
             kwargs: as for ``Trainer.train``.
 
         Returns:
@@ -66,7 +66,7 @@ class SaITrainer(ResumingTrainer):
         return super().train(*args, **kwargs)
 
     def create_optimizer(self, *rest: Any, **kwargs: Any) -> Any:
-        """As ``Trainer.create_optimizer``; with ``optim_args="release_gradients=true"`` gradients are then released."""
+        """Like ``Trainer.create_optimizer``. ``optim_args="release_gradients=true"`` also enables gradient release."""
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(*rest, **kwargs)
         if is_new and not isinstance(optimizer, SGDSaI):
@@ -83,11 +83,11 @@ class SaITrainer(ResumingTrainer):
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
-        """The optimizer's class and arguments that ``args`` ask for."""
+        """The class and arguments of the optimizer that ``args`` selects."""
         if args.optim == OPTIM_NAME:
             return class_for(model), kwargs_from_args(args)
         if not isinstance(args, SaITrainingArguments):
-            # Stock arguments cannot say "sgd_sai" and have a default: nobody knows what this user has chosen.
+            # Stock arguments have a default and cannot be "sgd_sai", so the user's choice is unknown.
             raise ValueError(
                 f"SaITrainer got {type(args).__name__} with optim={OptimizerNames(args.optim).value!r}, "
                 "which is not SGD-SaI; use SaITrainingArguments, or call hf_sai.register() and pass optim='sgd_sai'"

@@ -1,4 +1,4 @@
-"""``SaITrainingArguments``: training arguments that know ``optim="sgd_sai"``."""
+"""``SaITrainingArguments``: training arguments that accept ``optim="sgd_sai"``."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,18 +12,18 @@ from hf_sai.optim_args import normalize_optim_args
 
 @dataclass
 class SaITrainingArguments(TrainingArguments):
-    """``TrainingArguments`` whose ``optim`` may be ``"sgd_sai"``, the default, without patching transformers.
+    """``TrainingArguments`` with ``optim="sgd_sai"`` as the default, without patching transformers.
 
-    ``learning_rate`` and ``weight_decay`` are in AdamW's units unless ``optim_args`` says ``scaling=raw`` or
-    ``scaling=max``. ``optim`` may also name any stock optimizer. :func:`sgd_sai_from_args` lists the keys of
-    ``optim_args``. They are checked here, and a mapping is kept as ``key=value`` pairs.
+    ``learning_rate`` and ``weight_decay`` are in AdamW's units unless ``optim_args`` contains ``scaling=raw`` or
+    ``scaling=max``. ``optim`` may also be any stock optimizer. :func:`sgd_sai_from_args` describes the keys of
+    ``optim_args``. This class checks them, and converts a mapping to ``key=value`` pairs.
 
     Args:
         optim: ``"sgd_sai"`` or any of ``transformers.OptimizerNames``. The other fields are those of
             ``TrainingArguments``.
 
     Raises:
-        ValueError: for an unknown key or a bad value in ``optim_args``.
+        ValueError: for an unknown key or an invalid value in ``optim_args``.
 
     Example:
         >>> args = SaITrainingArguments("out", learning_rate=2e-4, optim_args={"momentum": 0.95})
@@ -46,7 +46,7 @@ class SaITrainingArguments(TrainingArguments):
             self.optim = OPTIM_NAME
 
     def set_optimizer(self, name: str = OPTIM_NAME, *rest: Any, **kwargs: Any) -> "SaITrainingArguments":
-        """As ``TrainingArguments.set_optimizer``, with ``"sgd_sai"`` as the default name.
+        """Like ``TrainingArguments.set_optimizer``, with ``"sgd_sai"`` as the default name.
 
         Args:
             name: ``"sgd_sai"`` or any of ``transformers.OptimizerNames``.
@@ -57,7 +57,7 @@ class SaITrainingArguments(TrainingArguments):
             These arguments.
 
         Raises:
-            ValueError: for an unknown key or a bad value in ``optim_args``.
+            ValueError: for an unknown key or an invalid value in ``optim_args``.
 
         Example:
             >>> SaITrainingArguments("out").set_optimizer(learning_rate=2e-4).learning_rate

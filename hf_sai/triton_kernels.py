@@ -1,13 +1,13 @@
-"""The Triton kernels of :mod:`hf_sai.fused`: one updates a whole list of blocks, two measure a list of gradients.
+"""The Triton kernels of :mod:`hf_sai.fused`: one updates a list of blocks, two measure a list of gradients.
 
-For each element, with everything in float32 registers::
+For each element, in float32 registers::
 
     u = clamp(s * g, -limit, limit)            (s: the scale of the element's channel; g = -g first if maximize)
     m = m + weight * (u - m)
     p = (1 - lr * weight_decay) * p - lr * m
 
-p, g and m are read once, p and m are written once: 20 bytes a float32 parameter, 8 with bfloat16 parameters and
-int8 momentum. Constants of a kernel are in capitals.
+p, g and m are read once, and p and m are written once. This moves 20 bytes per float32 parameter, or 8 bytes with
+bfloat16 parameters and int8 momentum. Names of kernel constants are in capitals.
 """
 
 # ruff: noqa: N803
@@ -21,7 +21,7 @@ import triton.language as tl
 from hf_sai.momentum import CODE_BLOCK, LEVELS, SMALLEST
 from hf_sai.rounding import GOLDEN, MULTIPLIERS
 
-# Columns of the table.
+# The number of columns of the table.
 _COLUMNS = tl.constexpr(11)
 
 _CODE_BLOCK = tl.constexpr(CODE_BLOCK)
@@ -84,13 +84,13 @@ def _update_piece(
     MASKED: tl.constexpr,
     PIECE: tl.constexpr,
 ):
-    """Update the elements ``first`` to ``first + PIECE`` of a block; the pointers already stand at ``first``."""
-    if INT8:  # rows of elements that share a scale
+    """Update the elements ``first`` to ``first + PIECE`` of a block. The pointers already point to ``first``."""
+    if INT8:  # the elements of a row share a scale
         rows = tl.arange(0, PIECE // _CODE_BLOCK)
         offsets = rows[:, None] * _CODE_BLOCK + tl.arange(0, _CODE_BLOCK)[None, :]
     else:
         offsets = tl.arange(0, PIECE)
-    # A comparison with a size known only on the device keeps loads from being wide: whole pieces do without.
+    # A comparison with a size that is only known on the device prevents wide loads, so whole pieces have no mask.
     left = numel - first
     mask = (offsets < left) if MASKED else None
     other: tl.constexpr = 0 if MASKED else None
@@ -100,10 +100,10 @@ def _update_piece(
     if kind == -1:  # one scale for the block
         g = g * tl.load(scale_ptr)
     else:
-        # Only the first element of a tile needs 64 bits: the others are less than a tile away.
-        rows_before = column // columns  # of the first element of the piece, counted from the tile's
+        # Only the index of the tile's first element needs 64 bits, because the others are less than a tile away.
+        rows_before = column // columns  # rows between the first element of the tile and that of the piece
         at = column - rows_before * columns + offsets
-        if columns >= PIECE:  # a piece is in two rows at most
+        if columns >= PIECE:  # a piece spans at most two rows
             wraps = at >= columns
             at_column = tl.where(wraps, at - columns, at)
             row = rows_before + wraps.to(tl.int32)
@@ -114,7 +114,7 @@ def _update_piece(
             channel = first_row + row
         elif kind == -2:  # a column is a channel
             channel = at_column.to(tl.int64)
-        else:  # a column of one of several matrices of `kind` rows
+        else:  # a channel is a column of one of several matrices with `kind` rows each
             row_of_stack = (first_row % kind).to(tl.int32) + row
             channel = (first_row // kind + row_of_stack // kind) * columns + at_column
         g = g * tl.load(scale_ptr + channel, mask=mask, other=other)
@@ -164,9 +164,9 @@ def _pointer(row_ptr, column: tl.constexpr, dtype: tl.constexpr, offset, ALIGNED
 
 @triton.jit
 def update_kernel(
-    table_ptr,  # (blocks, 11): addresses of p, g, m, its int8 scales, scale and counter; elements; seed;
-    # length of a row; how a channel is found; address of the column factors
-    tiles_ptr,  # (programs, 2): the block of a program and which of its tiles
+    table_ptr,  # (blocks, 11): addresses of p, g, m, int8 scales of m, scale and counter; number of elements; seed;
+    # length of a row; kind of channel; address of the column factors
+    tiles_ptr,  # (programs, 2): the block of each program, and the number of its tile
     lr_ptr,
     lr,
     decay,
@@ -201,7 +201,7 @@ def update_kernel(
         if INT8:
             code_scale_ptr = _pointer(row_ptr, 3, tl.float32, begin // _CODE_BLOCK, ALIGNED)
     scale_ptr = tl.load(row_ptr + 4).to(tl.pointer_type(tl.float32))
-    # A block with one scale may have more columns than 32 bits count; then they are not used.
+    # The column count of a block with one scale may exceed 32 bits, but it is not used then.
     column_factor_ptr = tl.load(row_ptr + 10).to(tl.pointer_type(tl.float32))
     columns = tl.load(row_ptr + 8)
     kind = tl.load(row_ptr + 9).to(tl.int32)
@@ -234,7 +234,7 @@ def update_kernel(
 
 @triton.jit
 def moments_kernel(
-    table_ptr,  # as above: column 1 is the gradient's address, 6 its number of elements
+    table_ptr,  # as above: column 1 is the address of the gradient, column 6 its number of elements
     tiles_ptr,
     sums_ptr,  # (programs,): written
     centred_ptr,  # (programs,): written
@@ -242,7 +242,7 @@ def moments_kernel(
     ALIGNED: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Of each tile the sum, and the sum of squares about the tile's own mean: one pass, and nothing cancels."""
+    """Compute each tile's sum and its sum of squares about its own mean, in one pass and without cancellation."""
     program = tl.program_id(0)
     row_ptr = table_ptr + tl.load(tiles_ptr + 2 * program) * _COLUMNS
     begin = tl.load(tiles_ptr + 2 * program + 1).to(tl.int64) * TILE
@@ -272,7 +272,7 @@ def combine_kernel(
     TILE: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """One program a block, in float64 and always in the same order: Chan's formula over its tiles."""
+    """Combine the tiles of each block by Chan's formula, in float64 and in a fixed order. One program per block."""
     block = tl.program_id(0)
     numel = tl.load(table_ptr + block * _COLUMNS + 6)
     first = tl.load(first_tile_ptr + block)

@@ -1,4 +1,4 @@
-"""Which path updates which blocks: Triton on CUDA, else foreach on CUDA, else plain torch operations."""
+"""Chooses the update path for each block: Triton on CUDA, else foreach on CUDA, else plain torch operations."""
 
 import importlib
 import importlib.util
@@ -16,17 +16,17 @@ from hf_sai.options import Hyper
 
 
 def update_blocks(many: Sequence[Blocks], hyper: Hyper, foreach: bool | None, fused: bool | None) -> None:
-    """Update blocks, each by the path that ``foreach``, ``fused`` and its own tensors allow.
+    """Update each block by the path that ``foreach``, ``fused`` and the block's tensors allow.
 
-    With both None: fused on CUDA where Triton is installed, else foreach on CUDA, else plain. ``fused=True`` leaves
-    only blocks that are not contiguous to the other paths.
+    If both are None, the path is fused on CUDA if Triton is installed, else foreach on CUDA, else plain. With
+    ``fused=True``, only blocks that are not contiguous use the other paths.
     """
     by_triton: list[Blocks] = []
     rest: list[Blocks] = []
     for b in many:
         p = b.params[0]
-        wanted = fused if fused is not None else not foreach and p.is_cuda
-        able = wanted and why_not_fused(p) is None and _triton_path().fits_fused(b)
+        requested = fused if fused is not None else not foreach and p.is_cuda
+        able = requested and why_not_fused(p) is None and _triton_path().fits_fused(b)
         (by_triton if able else rest).append(b)
     if by_triton:
         _triton_path().update_fused(by_triton, hyper)
@@ -41,7 +41,7 @@ def update_blocks(many: Sequence[Blocks], hyper: Hyper, foreach: bool | None, fu
 
 
 def prepare(many: Sequence[Blocks], fused: bool | None) -> Any:
-    """The blocks as the fused path holds them over many steps, None where it cannot update all of them."""
+    """Prepare the blocks for many steps of the fused path. Return None if it cannot update all of them."""
     for b in many:
         p = b.params[0]
         if not (fused or p.is_cuda) or why_not_fused(p) is not None or not _triton_path().fits_fused(b):
@@ -50,7 +50,7 @@ def prepare(many: Sequence[Blocks], fused: bool | None) -> Any:
 
 
 def fused_moments(grads: Sequence[Tensor | None]) -> dict[int, tuple[float, float]]:
-    """The sum, and the sum of squares about the mean, of each one-dimensional gradient that the fused path takes."""
+    """The sum and the sum of squares about the mean, for each flat gradient that the fused path can measure."""
     able = {i: g for i, g in enumerate(grads) if g is not None and g.numel() and why_not_fused(g) is None}
     if not able:
         return {}
@@ -58,13 +58,13 @@ def fused_moments(grads: Sequence[Tensor | None]) -> dict[int, tuple[float, floa
 
 
 def why_not_fused(param: Tensor) -> str | None:
-    """What keeps the fused path from a parameter, None if nothing does."""
+    """The reason why the fused path cannot update a parameter, or None if it can."""
     if not param.is_cuda and not (param.is_cpu and triton_is_interpreted()):
-        return f"it is on {param.device.type}, and the fused path is for CUDA"
+        return f"it is on {param.device.type}, but the fused path needs CUDA"
     if not _has_triton():
         return "Triton is not installed"
     if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"its dtype is {param.dtype}, and the fused path computes in float32"
+        return f"its dtype is {param.dtype}, but the fused path computes in float32"
     return None
 
 
@@ -75,11 +75,11 @@ def _has_triton() -> bool:
 
 @cache
 def _triton_path() -> ModuleType:
-    """Imported when it is first used: Triton is optional, and takes a second to load."""
+    """The module of the fused path, imported on first use: Triton is optional and takes a second to load."""
     return importlib.import_module("hf_sai.fused")
 
 
 @cache
 def triton_is_interpreted() -> bool:
-    """Whether Triton runs its kernels on the CPU, as it does for debugging and in this package's tests."""
+    """Whether Triton interprets its kernels on the CPU, for debugging and in this package's tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,9 +1,9 @@
-"""DeepSpeed ZeRO 1 and 2: the blocks inside a flat partition. ZeRO 3 and other flattening is refused.
+"""DeepSpeed ZeRO 1 and 2: finds the blocks inside a flat partition. ZeRO 3 and other flattening is refused.
 
-ZeRO takes the parameters of a group out of the optimizer and puts one flat tensor in their place: this process's
-partition of all of them, with parts of blocks at its ends and padding. This module finds each block again by what
-DeepSpeed notes on the model's parameters (``_hp_mapping``, ``_dp_group``), so that the optimizer sees blocks and not a
-mixture of them. ZeRO steps one group after the other, so ``scaling="max"``, which compares all blocks, is refused.
+ZeRO replaces the parameters of a group in the optimizer with one flat tensor: this process's partition of all of them.
+It contains padding, and it may begin or end in the middle of a block. This module finds the blocks by the attributes
+that DeepSpeed sets on the model's parameters (``_hp_mapping``, ``_dp_group``). So the optimizer sees blocks instead of
+a mixture of them. ZeRO steps one group after the other, so ``scaling="max"``, which compares all blocks, is refused.
 """
 
 import os
@@ -21,13 +21,13 @@ from hf_sai.state import scale_shapes
 
 
 class Partition:
-    """A group's flat partition on this process, and the blocks of the group in it.
+    """A group's flat partition on this process, and the group's blocks in it.
 
     Attributes:
-        flat: what the optimizer holds, one dimension.
+        flat: the optimizer's tensor, one dimension.
         params: the model's parameters, which are the blocks of the group, in order.
-        segments: the part of each of them on this process; may be empty.
-        shapes: of the blocks.
+        segments: the part of each block on this process, which may be empty.
+        shapes: the shapes of the blocks.
     """
 
     def __init__(self, flat: Tensor, params: Sequence[Tensor], names: Sequence[str], group: dict[str, Any]) -> None:
@@ -45,15 +45,15 @@ class Partition:
             part = flat.detach()[start : start + length]
             self.segments.append(Segment(name, part, begins, p.shape, process_group, p.device))
         self.shapes = [p.shape for p in params]
-        found = [scale_shapes(shape, group) for shape in self.shapes]
-        self._sizes = [{key: size.numel() for key, size in f.items()} for f in found]
+        scales = [scale_shapes(shape, group) for shape in self.shapes]
+        self._sizes = [{key: size.numel() for key, size in sizes.items()} for sizes in scales]
 
     def split(self, tensor: Tensor) -> list[Tensor]:
-        """The parts of a tensor of the partition's shape that belong to each block."""
+        """Split a tensor of the partition's shape into the part of each block."""
         return [tensor[start : start + length] for start, length in self._spans]
 
     def states(self, state: State) -> list[State]:
-        """The state of each block, as views of that of the partition."""
+        """The state of each block, as views of the partition's state."""
         views: list[State] = [
             {"gsnr": state["gsnr"][i], "calibration_step": state["calibration_step"][i]}
             for i in range(len(self.segments))
@@ -70,16 +70,16 @@ class Partition:
         return views
 
     def members(self, state: State, index: int, starts: bool) -> list[Member]:
-        """The blocks of the partition, which is the parameter ``index`` of its group."""
+        """The blocks of the partition. ``index`` is the partition's index in its group."""
         pairs = zip(self.segments, self.states(state), strict=True)
         return [Member(segment, segment.name, own, index, 0, starts) for segment, own in pairs]
 
 
 class Partitions:
-    """Finds out which parameters of an optimizer are partitions.
+    """Recognises the parameters of an optimizer that are partitions.
 
-    It keeps the parameters that each group was made with until the first step, where DeepSpeed may take them out of
-    the group: nothing else connects a partition with the parameters in it.
+    It keeps the original parameters of each group until the first step, because DeepSpeed may take them out of the
+    group. Nothing else connects a partition with the parameters in it.
     """
 
     def __init__(self) -> None:
@@ -87,22 +87,22 @@ class Partitions:
         self._partitions: dict[Tensor, Partition] = {}
 
     def add(self, group: dict[str, Any]) -> None:
-        """Note a new param group."""
+        """Register a new param group."""
         names = [block_name(group, i) for i in range(len(group["params"]))]
         self._groups.append((group, list(group["params"]) if _deepspeed_may_follow() else None, names))
 
     def replace(self, old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> None:
-        """Follow groups whose dicts have been replaced, as ``load_state_dict`` does."""
+        """Update the references to groups whose dicts have been replaced, as ``load_state_dict`` does."""
         by_id = {id(group): replacement for group, replacement in zip(old, new, strict=True)}
         self._groups = [(by_id.get(id(group), group), params, names) for group, params, names in self._groups]
 
     def forget(self) -> None:
-        """Let the parameters go that are not in a partition."""
+        """Release the references to parameters that are not in a partition."""
         if not self._partitions:
             self._groups = [(group, None, names) for group, _, names in self._groups]
 
     def of(self, p: Tensor) -> Partition | None:
-        """The partition that a parameter of the optimizer is, or None if it is an ordinary parameter."""
+        """The partition for a parameter of the optimizer, or None for an ordinary parameter."""
         return self._partitions.get(p) if self._partitions else None
 
     def shapes(self) -> dict[Tensor, list[torch.Size]]:
@@ -110,14 +110,14 @@ class Partitions:
         return {flat: partition.shapes for flat, partition in self._partitions.items()}
 
     def all_groups(self, current: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
-        """All groups, also while DeepSpeed steps one of them."""
+        """All groups, even while DeepSpeed steps only one of them."""
         return [group for group, _, _ in self._groups] if self._partitions else current
 
     def recognise(self, group: dict[str, Any], index: int) -> None:
-        """Look at a parameter that has no state yet.
+        """Check whether a parameter without state is a partition.
 
         Raises:
-            ValueError: for one that is neither a block nor a partition whose blocks can be found.
+            ValueError: if it is neither a block nor a partition whose blocks can be found.
         """
         p, name = group["params"][index], block_name(group, index)
         check_whole(p, name)
@@ -128,25 +128,25 @@ class Partitions:
             return
         linked = [(q, n) for q, n in zip(params or [], names, strict=False) if hasattr(q, "_hp_mapping")]
         if not linked:
-            if len(group["params"]) >= len(names):  # a tensor that the user has put in
+            if len(group["params"]) >= len(names):  # a tensor that the user has added
                 return
             raise ValueError(
-                f"{name} has taken the place of {len(names)} parameters that SGDSaI was given, and one scale for that "
-                f"mixture fits none of them; {INSTEAD}"
+                f"{name} has replaced {len(names)} parameters of SGDSaI, and one scale for this mixture fits none of "
+                f"them; {INSTEAD}"
             )
         if group["momentum_dtype"] in (torch.int8, "int8") or group["stochastic_rounding"]:
             raise ValueError(
-                f"momentum_dtype='int8' and stochastic_rounding do not support DeepSpeed ZeRO, which holds {name} in "
-                "float32 flat partitions; leave them out"
+                f"momentum_dtype='int8' and stochastic_rounding do not support DeepSpeed ZeRO, which keeps {name} in "
+                "float32 flat partitions; remove them"
             )
         if group["scaling"] == "max" and len(self._groups) > 1:
             raise ValueError(
-                "scaling='max' compares the blocks of all groups, and DeepSpeed ZeRO steps one group after the other; "
+                "scaling='max' compares the blocks of all groups, but DeepSpeed ZeRO steps one group after the other; "
                 "use one param group, or scaling='raw'"
             )
         self._partitions[p] = Partition(p, [q for q, _ in linked], [n for _, n in linked], group)
 
 
 def _deepspeed_may_follow() -> bool:
-    """FSDP replaces parameters, too: whole ones must not be kept alive there."""
+    """Whether DeepSpeed may replace parameters. False under FSDP, where whole parameters must not be kept alive."""
     return "deepspeed" in sys.modules and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true"

@@ -146,7 +146,7 @@ def test_callback_in_a_stock_trainer_tells_the_reporters_of_the_trainer_it_is_gi
 
 
 WITHOUT_A_TRAINER = (
-    "GSNRCallback has no Trainer, so its values go into log_history and not to tensorboard; add it with "
+    "GSNRCallback has no Trainer, so its values are only in log_history and not sent to tensorboard; add it with "
     "trainer.add_callback(GSNRCallback(trainer=trainer)), or use SaITrainer"
 )
 

@@ -88,10 +88,10 @@ def test_all_files_of_a_model_in_several_must_be_there(run: Path) -> None:
     shutil.copy(newest / names[0], newest / names[1])
     assert why_not_whole(newest) is None
     cut(newest / names[1], 20)
-    assert why_not_whole(newest) == f"{names[1]} is cut off"
+    assert why_not_whole(newest) == f"{names[1]} is truncated"
     shutil.copy(newest / names[0], newest / names[1])
     index.write_text('{"weight')
-    assert why_not_whole(newest) == "what model.safetensors.index.json, which is cut off, names is missing"
+    assert why_not_whole(newest) == "a file listed in model.safetensors.index.json, which is truncated, is missing"
 
 
 def test_what_is_passed_over_is_a_warning_with_the_reason(
@@ -108,13 +108,13 @@ def test_what_is_passed_over_is_a_warning_with_the_reason(
     monkeypatch.setattr(logger, "handlers", [caplog.handler])
     monkeypatch.setattr(logger, "propagate", False)  # which versions of transformers do differently
     cut(newest / "optimizer.pt", 100)
-    told = [f"{newest} is not whole and is not resumed from: "]
-    assert messages() == [told[0] + "optimizer.pt is cut off"]
+    told = [f"skipping the incomplete checkpoint {newest}: "]
+    assert messages() == [told[0] + "optimizer.pt is truncated"]
     shutil.copytree(run / "checkpoint-2", run / "checkpoint-9")
     (newest / "trainer_state.json").write_text("{")
     assert messages() == [
-        f"{run / 'checkpoint-9'} is not whole and is not resumed from: trainer_state.json is of step 2",
-        told[0] + "trainer_state.json is cut off",
+        f"skipping the incomplete checkpoint {run / 'checkpoint-9'}: trainer_state.json is from step 2",
+        told[0] + "trainer_state.json is truncated",
     ]
     shutil.rmtree(run / "checkpoint-9")
     (newest / "trainer_state.json").unlink()
@@ -157,7 +157,7 @@ def test_the_trainer_says_when_there_is_nothing_whole(
 ) -> None:
     for step in (2, 4):
         cut(run / f"checkpoint-{step}" / "optimizer.pt", 100)
-    with pytest.raises(ValueError, match="no whole checkpoint in"):
+    with pytest.raises(ValueError, match="no complete checkpoint in"):
         make_trainer(run, make_gpt2, token_dataset).train(resume_from_checkpoint=True)
 
 

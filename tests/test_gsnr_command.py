@@ -99,11 +99,14 @@ def test_lora_whose_a_waits_for_a_second_gradient(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        (["--model", "no/such-model"], "--model: there is no tokenizer at 'no/such-model'.*--tokenizer"),
-        (["--model", "no/such-model", "--tokenizer", "MODEL"], "--model: 'no/such-model' is not a causal.*--config"),
+        (["--model", "no/such-model"], "--model: no tokenizer found for 'no/such-model'.*--tokenizer"),
+        (
+            ["--model", "no/such-model", "--tokenizer", "MODEL"],
+            "--model: no causal language model found for .*--config",
+        ),
         (
             ["--config", "no/such", "--tokenizer", "MODEL"],
-            "--config: 'no/such' is not a model's configuration.*tiny, 5m",
+            "--config: no model configuration found for 'no/such'.*tiny, 5m",
         ),
         (["--config", "tiny"], "--config tiny needs --tokenizer"),
         (["--model", "MODEL", "--init", "xavier"], "--init xavier would overwrite the weights of --model"),
@@ -111,12 +114,12 @@ def test_lora_whose_a_waits_for_a_second_gradient(folder: Path) -> None:
         (["--model", "MODEL", "--block-size", "1"], "--block-size must be at least 2, got 1"),
         (["--model", "MODEL", "--batch-size", "4", "0"], "--batch-size must be at least 1, got 0"),
         (["--model", "MODEL", "--lora-r", "-1"], "--lora-r must be at least 1, got -1"),
-        (["--model", "MODEL", "--batch-size", "9999"], "--data: a batch needs 9999 x 16 tokens, the text has"),
+        (["--model", "MODEL", "--batch-size", "9999"], "--data: a batch needs 9999 x 16 tokens, but the text has"),
         (["--model", "MODEL", "--data", "no/such-data"], "--data: 'no/such-data' is not a local file and could not be"),
         (["--model", "MODEL", "--data", "no.txt"], "--data: there is no file 'no.txt'"),
         (["--model", "MODEL", "--data", "bad.txt"], "--data: .*bad.txt must be UTF-8.*iconv"),
         (["--model", "MODEL", "--data", "bad.jsonl"], "--data: .*bad.jsonl, line 1: not JSON"),
-        (["--model", "MODEL", "--data", "text.jsonl", "--text-column", "x"], "no text 'x' in 'text'; name it with"),
+        (["--model", "MODEL", "--data", "text.jsonl", "--text-column", "x"], "no text 'x' in 'text'; set --text"),
         (["--model", "MODEL", "--data", "bad.parquet"], "--data: .*bad.parquet must be a whole Parquet file"),
         (["--model", "MODEL", "--device", "abacus"], "--device abacus cannot be used"),
         (["--model", "MODEL", "--data", "model"], "--data: '.*model' is not a local file"),
@@ -195,7 +198,7 @@ def test_figures(tmp_path: Path) -> None:
 
 
 def test_nothing_to_draw(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no drift: it is of an optimizer that keeps no scales"):
+    with pytest.raises(ValueError, match="no drift: it is from an optimizer without scales"):
         plot_drift(record(), tmp_path / "a.png")
     empty = {**record(), "steps": [], "blocks": []}
     for draw in (plot_over_time, plot_drift):

@@ -209,7 +209,7 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
 
 def test_fused_on_the_cpu_says_why_not() -> None:
     p = torch.nn.Parameter(torch.randn(3))
-    with pytest.raises(ValueError, match=r"fused=True is impossible for .*it is on cpu.*leave it None"):
+    with pytest.raises(ValueError, match=r"fused=True is impossible for .*it is on cpu.*set it to None"):
         SGDSaI([p], fused=True)
     optimizer = SGDSaI([p])
     with pytest.raises(ValueError, match="fused=True is impossible"):

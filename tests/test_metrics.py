@@ -105,14 +105,14 @@ def test_evaluate_loads_it_offline_and_scores_multiple_references(tmp_path):
     assert "references (1)" in length
     assert errors == [
         "references[0] must be a list of texts, got the text 'a'",
-        "references[2] must hold at least one text that is not blank, got [' ']",
+        "references[2] must have at least one text that is not blank, got [' ']",
         'predictions[1] must be a text, got None; an empty output is ""',
-        "predictions[3] must be a text that UTF-8 can write, got half of a surrogate pair (U+D83D) at character 1",
+        "predictions[3] must be a text that UTF-8 can encode, got half of a surrogate pair (U+D83D) at character 1",
         "references[1] must be a list of texts, got None",
-        "references[3][1] must be a text, got None; leave out a reference that is missing",
-        "references[2][0] must be a text that UTF-8 can write, got half of a surrogate pair (U+DFFF) at character 0",
+        "references[3][1] must be a text, got None; remove missing references",
+        "references[2][0] must be a text that UTF-8 can encode, got half of a surrogate pair (U+DFFF) at character 0",
         'predictions[1] must be a text, got None; an empty output is ""',
-        "references[2][0] must be a text, got 3; leave out a reference that is missing",
+        "references[2][0] must be a text, got 3; remove missing references",
     ]
     assert report["one"] == {"bleu": pytest.approx(1.0, rel=1e-12)}
     assert report["examples"] == [[0, 5], [0, 5]], run.stdout  # failed, run
@@ -184,16 +184,16 @@ def test_whitespace_of_any_kind_counts_as_one_space(gaps):
         (["a"], [["a"]], ["blue"], r"metrics must be names from .*'cider'\], got 'blue'"),
         (["a"], [["a"]], "bleu", r"metrics must be a non-empty list .* got 'bleu'"),
         (["a"], [["a"]], [], r"metrics must be a non-empty list .* got \[\]"),
-        (["a"], [["a"], ["b"]], None, "references must hold one list per prediction, got 2 for 1 predictions"),
+        (["a"], [["a"], ["b"]], None, "references must have one list per prediction, got 2 for 1 predictions"),
         ([], [], None, "predictions must not be empty"),
         (["a"], ["a"], None, r"references\[0\] must be a list of texts, got the text 'a'"),
-        (["a", "b"], [["a"], ["", "\u2028"]], None, r"references\[1\] must hold at least one text that is not blank"),
+        (["a", "b"], [["a"], ["", "\u2028"]], None, r"references\[1\] must have at least one text that is not blank"),
         (["a", None], [["a"], ["b"]], None, r"predictions\[1\] must be a text, got None; an empty output is"),
         (["a", math.nan], [["a"], ["b"]], None, r"predictions\[1\] must be a text, got nan"),
         (["a", "b \ud800"], [["a"], ["b"]], None, r"predictions\[1\] must be .*half of a surrogate pair \(U\+D800\)"),
         (None, [["a"]], None, "predictions must be a list of texts, got None"),
         ("a", [["a"]], None, "predictions must be a list of texts, got the text 'a'"),
-        (["a", "b"], [["a"], ["b", None]], None, r"references\[1\]\[1\] must be a text, got None; leave out"),
+        (["a", "b"], [["a"], ["b", None]], None, r"references\[1\]\[1\] must be a text, got None; remove"),
         (["a", "b"], [["a"], None], None, r"references\[1\] must be a list of texts, got None"),
         (["a", "b"], [["a"], ["\udc80"]], None, r"references\[1\]\[0\] must be .*half of a surrogate pair \(U\+DC80\)"),
     ],
@@ -241,7 +241,7 @@ def test_a_crash_of_meteor_is_reported_with_its_last_words(java):
 
 def test_an_answer_of_meteor_that_is_no_number_is_an_error(java):
     java(meteor="while read -r line; do echo 'Error: what?'; done")
-    with pytest.raises(ChildProcessError, match=r"METEOR .* failed, .*it answered 'Error: what\?'"):
+    with pytest.raises(ChildProcessError, match=r"METEOR .* failed, .*it printed 'Error: what\?'"):
         scoring.score(PREDICTIONS[:1], REFERENCES[:1])
 
 
@@ -265,11 +265,11 @@ def test_a_tokenizer_that_hangs_is_ended(java, monkeypatch):
 
 def test_a_tokenizer_that_loses_a_line_is_an_error(java):
     java(tokenizer="echo lost >&2; sed 1d")
-    with pytest.raises(ChildProcessError, match="gave 10 lines for 11 texts and ended with code 0: lost"):
+    with pytest.raises(ChildProcessError, match="returned 10 lines for 11 texts and exited with code 0: lost"):
         scoring.score(PREDICTIONS, REFERENCES, ["rouge_l"])
 
 
 def test_a_reference_without_words_is_named(java):
     java()
-    with pytest.raises(ValueError, match=r"references\[1\] must hold texts with at least one word, got '! \?'"):
+    with pytest.raises(ValueError, match=r"references\[1\] must have texts with at least one word, got '! \?'"):
         scoring.score(["a", "b"], [["a"], ["b", "! ?"]], ["rouge_l"])

@@ -83,7 +83,7 @@ def test_a_small_steady_gradient_survives_beside_a_large_one() -> None:
     ("damage", "message"),
     [
         (lambda s: s.update(momentum_buffer=s["momentum_buffer"].float()), "momentum_buffer of .* must be int8"),
-        (lambda s: s.pop("momentum_scale"), r"has no 'momentum_scale', which int8 momentum needs"),
+        (lambda s: s.pop("momentum_scale"), r"has no 'momentum_scale', but int8 momentum needs it"),
         (lambda s: s.update(momentum_scale=torch.zeros(2)), r"the state dict has \(2,\)"),
     ],
 )
@@ -122,7 +122,7 @@ def test_sharded_parameters_are_refused_by_name() -> None:
         optimizer = SGDSaI([("weight", p)], momentum_dtype="int8")
         p.grad = distribute_tensor(torch.randn(4, 4), mesh, [Shard(0)])
         with pytest.raises(
-            ValueError, match=r"int8' does not support sharded parameters, and weight is a DTensor.*use 'bfloat16'"
+            ValueError, match=r"int8' does not support sharded parameters, but weight is a DTensor.*use 'bfloat16'"
         ):
             optimizer.step()
     finally:

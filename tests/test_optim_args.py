@@ -94,10 +94,10 @@ MISTAKES = [
     ("weight_decay=0.1", "cannot set weight_decay: set weight_decay of the training arguments instead"),
     (["momentum=0.9"], r"must be a mapping or a string of key=value pairs, got \['momentum=0.9'\]"),
     # Words of earlier versions name what has come in their place.
-    ("momentum_init=zero", "momentum_init is gone: scaling='adamw'"),
-    ({"clip_threshold": 1}, "clip_threshold is gone: scaling='adamw'"),
-    ("scaling=floor", "scaling=floor is gone: use scaling='adamw'"),
-    ({"scaling": "Floor"}, "scaling=floor is gone: use scaling='adamw'"),
+    ("momentum_init=zero", "momentum_init was removed: scaling='adamw'"),
+    ({"clip_threshold": 1}, "clip_threshold was removed: scaling='adamw'"),
+    ("scaling=floor", "scaling=floor was removed: use scaling='adamw'"),
+    ({"scaling": "Floor"}, "scaling=floor was removed: use scaling='adamw'"),
 ]
 
 

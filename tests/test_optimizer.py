@@ -572,7 +572,7 @@ def test_bad_hyperparameters(options: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("name", ["momentum_init", "clip_threshold"])
 def test_a_setting_that_went_names_its_successor(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"{name} no longer exists; leave it out: .*scaling='adamw'"):
+    with pytest.raises(ValueError, match=rf"{name} no longer exists; remove it: .*scaling='adamw'"):
         SGDSaI([{"params": [block(2)], name: 1.0}])
     optimizer = SGDSaI([block(2)])
     saved = optimizer.state_dict()
@@ -600,8 +600,8 @@ def _in_state(**entries: Tensor) -> Any:
 
 
 _STATE_DAMAGES = [
-    pytest.param(lambda s: s["param_groups"][0].pop("scaling"), r"no 'scaling': it is not one of SGDSaI's", id="AdamW"),
-    pytest.param(lambda s: s["state"][0].pop("scale"), r"has no 'scale': this is not a state dict of this", id="scale"),
+    pytest.param(lambda s: s["param_groups"][0].pop("scaling"), r"no 'scaling': it is not from SGDSaI", id="AdamW"),
+    pytest.param(lambda s: s["state"][0].pop("scale"), r"has no 'scale': it is not from this version", id="scale"),
     pytest.param(lambda s: s["state"][0].pop("calibration_step"), r"has no 'calibration_step'", id="older"),
     pytest.param(_in_state(momentum_buffer=torch.zeros(7)), r"must have the shape \(6,\).* has \(7,\)", id="shape"),
     pytest.param(_in_state(scale=torch.ones(6)), r"scale of .* must have the shape \(1,\).* has \(6,\)", id="channels"),

@@ -29,7 +29,7 @@ def test_a_flat_tensor_in_the_place_of_blocks(params: list[nn.Parameter]) -> Non
     flat = torch.cat([p.detach().flatten() for p in params])
     before = flat.clone()
     optimizer.param_groups[0]["params"] = with_gradient(flat)
-    with pytest.raises(ValueError, match=r"has taken the place of 2 parameters.*use FSDP2"):
+    with pytest.raises(ValueError, match=r"has replaced 2 parameters.*use FSDP2"):
         optimizer.step()
     assert torch.equal(flat, before)
     assert not optimizer.state
@@ -39,7 +39,7 @@ def test_a_flat_tensor_when_loading(params: list[nn.Parameter]) -> None:
     optimizer = SGDSaI(params)
     optimizer.param_groups[0]["params"] = [torch.zeros(17)]
     saved = SGDSaI([nn.Parameter(torch.zeros(17))]).state_dict()
-    with pytest.raises(ValueError, match="has taken the place of 2 parameters"):
+    with pytest.raises(ValueError, match="has replaced 2 parameters"):
         optimizer.load_state_dict(saved)
 
 

@@ -46,8 +46,9 @@ def test_settings_that_differ_are_listed(start: Start, tmp_path: Path) -> None:
     start(weight_decay=0.1, optim_args="momentum=0.8").train()
     checkpoint = str(tmp_path / "checkpoint-2")
     wanted = (
-        r"keeps the optimizer settings of its checkpoint, which differ: lr 0.01 \(0.02 in this run's arguments\), "
-        r"momentum 0.8 \(0.9 in.*\), weight_decay 0.1 \(0.3 in.*\), scaling (\w+) \(max in.*\)\. To train with new ones"
+        r"keeps the optimizer settings of its checkpoint, which differ from its arguments: "
+        r"lr 0.01 \(0.02 in this run's arguments\), "
+        r"momentum 0.8 \(0.9 in.*\), weight_decay 0.1 \(0.3 in.*\), scaling (\w+) \(max in.*\)\. To train with new"
     )
     resumed = start(learning_rate=2e-2, weight_decay=0.3, optim_args={"scaling": "max"})
     with pytest.warns(UserWarning, match=wanted):
@@ -66,7 +67,7 @@ def test_the_state_of_another_optimizer_is_refused_by_its_name(
     start(stock).train()
     resumed = start()
     with pytest.raises(
-        ValueError, match=f"is that of {name}, not of SGDSaI; resume with optim='{stock}', or start from"
+        ValueError, match=f"is from {name}, not from SGDSaI; resume with optim='{stock}', or start from"
     ):
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
@@ -80,10 +81,10 @@ def test_a_stock_optimizer_of_sai_trainer_refuses_the_state_of_sgd_sai(
 
     trainer().train()
     resumed = trainer(optim="sgd")
-    with pytest.raises(ValueError, match="is that of SGDSaI, not of SGD; resume with optim='sgd_sai', or start from"):
+    with pytest.raises(ValueError, match="is from SGDSaI, not from SGD; resume with optim='sgd_sai', or start from"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     trainer(optim="sgd", weight_decay=0.1).train()
-    with pytest.warns(UserWarning, match=r"differ: weight_decay 0\.1 \(0\.2 in this run's arguments\)\."):
+    with pytest.warns(UserWarning, match=r"arguments: weight_decay 0\.1 \(0\.2 in this run's arguments\)\."):
         trainer(optim="sgd", weight_decay=0.2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 

@@ -167,12 +167,12 @@ def test_a_table_gives_back_what_was_written(tmp_path_factory, outputs, order, k
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("out.txt", "", "line 1: the file is empty; expected 3 outputs, one a line"),
+        ("out.txt", "", "line 1: the file is empty; expected 3 outputs, one per line"),
         ("out.txt", "\n \r\n", "line 1: the file is empty"),
         ("out.txt", "a\n\nb\n", None),
         ("out.txt", "a\nb\n", "line 3: an output is missing; the file has 2 for the 3 MRs"),
         ("out.txt", "a\n\n\nb\n", "line 5: an output is missing; the file has 2 for the 3 MRs"),
-        ("out.txt", "a\nb\n\nc\nd\ne\n", "line 5: one output too many; the file has 5 for the 3 MRs"),
+        ("out.txt", "a\nb\n\nc\nd\ne\n", "line 5: too many outputs; the file has 5 for the 3 MRs"),
         ("out.txt", b"a\nb\nunder \xa320\n", "line 3: byte 0xa3 is not UTF-8; save the file as UTF-8"),
         ("out.txt", "a\nb\nc\n".encode("utf-16"), "line 1: byte 0xff is not UTF-8"),
         ("out.tsv", "", "line 1: the file is empty; expected a header with the columns mr and output"),
@@ -187,7 +187,7 @@ def test_a_table_gives_back_what_was_written(tmp_path_factory, outputs, order, k
         (
             "out.tsv",
             f'mr\toutput\n{MRS[1]}\t"a" b\n',
-            "line 2: '\t' expected after '\"'; a cell that holds a quotation",
+            "line 2: '\t' expected after '\"'; a cell with a quotation",
         ),
         ("out.tsv", f'mr\toutput\n{MRS[1]}\ta\n{MRS[2]}\t"b\n', "line 3: unexpected end of data"),
         ("out.tsv.gz", b"mr,output", "must be a complete gzip file"),

@@ -145,7 +145,7 @@ class OtherDefault(TrainingArguments):
 def test_paper_units_with_the_default_learning_rate_warn(
     cls: type[TrainingArguments], settings: dict[str, Any], default: str, remedy: str
 ) -> None:
-    wanted = f"learning_rate is still at its default of {default},.*nothing will train.*start from {remedy}"
+    wanted = f"learning_rate is still at its default of {default},.*would not train.*start from {remedy}"
     with pytest.warns(UserWarning, match=wanted):
         sgd_sai_from_args(quiet(cls, **settings))
 

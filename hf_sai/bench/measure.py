@@ -1,4 +1,4 @@
-"""Measures the steps of optimizers on one model's shapes: time, first step, state, peak memory, bytes moved."""
+"""Measures optimizer steps on one model's shapes: time, first step, state, peak memory, bytes moved."""
 
 import gc
 import io
@@ -17,27 +17,27 @@ from hf_sai.bench.rivals import RIVALS, Named
 from hf_sai.bench.shapes import Model
 from hf_sai.bench.state_bytes import optimizer_state_bytes
 
-# The share of free memory that optimizers may fill together, so as to be run in turn.
+# Optimizers run in turn if together they need at most this share of free memory.
 _SHARE = 0.6
 
 
 @dataclass
 class Row:
-    """What was measured of one optimizer; times in milliseconds, None where it was not measured.
+    """The measurements of one optimizer. Times are in milliseconds. A value that was not measured is None.
 
     Attributes:
-        step_ms: median of an ordinary step.
-        quartiles_ms: 25% and 75% of it.
-        mean_step_ms: mean of as many; ours has the steps in it that measure channels again, one in ten.
-        first_step_ms: the first step, with the allocation of the state, and ours with the calibration.
-        first_step_less_allocation_ms: without what allocating and first touching as many bytes costs in this run; 0
-            where that alone, measured apart, takes longer than the whole first step.
-        state_bytes: of all tensors in the optimizer's state.
-        peak_bytes: the most that a step allocates beyond what is there before it.
-        moved_bytes: read parameters, gradients and state once, write parameters and state once.
-        gb_per_s: moved_bytes in step_ms.
+        step_ms: the median of ordinary steps.
+        quartiles_ms: their 25% and 75% quantiles.
+        mean_step_ms: their mean. For SGD-SaI it includes the steps that measure channels, one in ten.
+        first_step_ms: the first step, including the allocation of the state and the calibration of SGD-SaI.
+        first_step_less_allocation_ms: the first step without the time to allocate and first touch the same number of
+            bytes. It is 0 if allocation alone, measured separately, takes longer than the whole first step.
+        state_bytes: the size of all tensors in the optimizer's state.
+        peak_bytes: the memory that a step allocates at its peak.
+        moved_bytes: the bytes to read parameters, gradients and state once and to write parameters and state once.
+        gb_per_s: moved_bytes divided by step_ms.
         of_copy: gb_per_s as a share of the copy bandwidth measured in this run.
-        error: why there are no figures.
+        error: the reason why there are no figures.
     """
 
     optimizer: str
@@ -58,7 +58,7 @@ class Row:
 
 @dataclass
 class Result:
-    """One model, one dtype, one device: the conditions and a row for each optimizer."""
+    """The results for one model, dtype and device: the conditions and a row for each optimizer."""
 
     model: str
     title: str
@@ -87,19 +87,19 @@ def bench(
     deadline: float = math.inf,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Result:
-    """Time optimizers on a model's shapes, one step of each in turn where their state fits in memory together.
+    """Time optimizers on a model's shapes. If the state of all optimizers fits in memory, their steps run in turn.
 
     Args:
         name: the model's name.
         model: its shapes.
         optimizers: keys of ``RIVALS``.
-        dtype: of parameters and gradients.
-        device: where they are.
-        steps: how many ordinary steps are timed.
-        settling: steps after the first that are not timed: allocators, caches and clocks settle.
-        deadline: ``time.monotonic()`` after which no further optimizer is begun.
-        progress: called with each optimizer's figures as soon as there are any: its first step, then an early figure of
-            the others, before all are timed in turn.
+        dtype: the dtype of parameters and gradients.
+        device: the device of parameters and gradients.
+        steps: the number of ordinary steps to time.
+        settling: the number of steps after the first that are not timed, so that allocators, caches and clocks settle.
+        deadline: the ``time.monotonic()`` after which no further optimizer is started.
+        progress: called with each optimizer's first figures before all are timed in turn: its first step and an early
+            figure of an ordinary step.
 
     Raises:
         ValueError: for an unknown optimizer, or fewer than 1 step.
@@ -118,8 +118,8 @@ def bench(
         named.append((parameter, p))
     numel = sum(p.numel() for _, p in named)
     copy = copy_bandwidth(device)
-    wanted = [key for key in optimizers if RIVALS[key].only in (None, device.type)]
-    expected = sum(RIVALS[key].numbers * numel * dtype.itemsize for key in wanted)
+    selected = [key for key in optimizers if RIVALS[key].only in (None, device.type)]
+    expected = sum(RIVALS[key].numbers * numel * dtype.itemsize for key in selected)
     in_turn = expected < _SHARE * _free_bytes(device)
     result = Result(
         model=name,
@@ -133,7 +133,7 @@ def bench(
         in_turn=in_turn,
     )
     begun: list[_Measurement] = []
-    for key in wanted:
+    for key in selected:
         one = _Measurement(key, named, device)
         if time.monotonic() < deadline:
             one.begin(model, max(settling, RIVALS[key].settling))
@@ -160,7 +160,7 @@ def bench(
 
 
 class _Measurement:
-    """One optimizer: `begin` measures its first step, `step` an ordinary one, `finish` completes its row."""
+    """Measures one optimizer: `begin` its first step, `step` an ordinary step. `finish` completes its row."""
 
     def __init__(self, key: str, named: Named, device: torch.device) -> None:
         self.row = Row(key, RIVALS[key].title)
@@ -187,11 +187,11 @@ class _Measurement:
             row.peak_bytes = None if before is None else torch.cuda.max_memory_allocated(device) - before
         except ModuleNotFoundError as error:
             self._fail(f"not installed: {error.name}")
-        except Exception as error:  # a rival that fails is a row of the table, not the end of it
+        except Exception as error:  # the failure of a rival becomes a row and does not stop the benchmark
             self._fail(f"{type(error).__name__}: {str(error).partition(chr(10))[0][:160]}")
 
     def so_far(self) -> str:
-        """What `begin` has found, as a line."""
+        """The result of `begin` as a line."""
         row = self.row
         if row.error is not None or row.first_step_ms is None or row.state_bytes is None:
             return f"{row.title}: {row.error}"
@@ -229,7 +229,7 @@ class _Measurement:
 
 
 def copy_bandwidth(device: torch.device, size: int = 1 << 28, repetitions: int = 9) -> float:
-    """GB/s read and written by copying one large tensor on the device, the median of several copies."""
+    """The copy bandwidth of the device in GB/s, read and written: the median over several copies of a large tensor."""
     size = min(size, _free_bytes(device) // 8)
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
@@ -245,7 +245,7 @@ def copy_bandwidth(device: torch.device, size: int = 1 << 28, repetitions: int =
 
 
 def _warm_up(key: str, model: Model, named: Named, device: torch.device) -> None:
-    """Two steps on a few small tensors, so that what is loaded or compiled once is not in the first step's time."""
+    """Run two steps on a few small tensors, so that the first step's time includes no one-time loading or compiling."""
     small: Named = []
     for name, p in named[:8]:
         shape = [min(n, 8) for n in p.shape]
@@ -260,7 +260,7 @@ def _warm_up(key: str, model: Model, named: Named, device: torch.device) -> None
 
 
 def _allocation_ms(size: int, device: torch.device) -> float:
-    """What it costs in this run to allocate and first write as many bytes, in pieces as an optimizer does."""
+    """The time to allocate and first write this number of bytes, in pieces like an optimizer."""
     _release_memory(device)
     piece = 1 << 25
     _synchronize(device)

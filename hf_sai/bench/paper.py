@@ -1,4 +1,4 @@
-"""The profiling tables of the paper (arXiv 2412.11768): other machines than ours, always marked so."""
+"""The profiling tables of the paper (arXiv 2412.11768). They are from other machines and are always marked as such."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ class Reported(NamedTuple):
     spread_ms: float
 
 
-# Tables 1 (GPT-2, Llama-2) and 3 (ViT). The authors' "Adam" and "AdamW" are torch's of 2024, which kind is not said.
+# Tables 1 (GPT-2, Llama-2) and 3 (ViT). The authors' "Adam" and "AdamW" are torch's from 2024, of an unstated variant.
 A100 = "A100 80GB, paper"
 TABLES_1_AND_3: dict[tuple[str, str], Reported] = {
     ("gpt2-xl", "SGDM"): Reported(5.93, 41.0, 12.0),
@@ -42,7 +42,7 @@ TABLES_1_AND_3: dict[tuple[str, str], Reported] = {
 
 
 class Profiled(NamedTuple):
-    """A row of Table 5 (RTX 3090) or 6 (A100 PCIe 40GB): an ordinary step and the calibration, which SGD has not."""
+    """A row of Table 5 (RTX 3090) or 6 (A100 PCIe 40GB): an ordinary step, and the calibration (0 for SGD)."""
 
     machine: str
     step_ms: float

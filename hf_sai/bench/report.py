@@ -1,4 +1,4 @@
-"""What was measured, as a table to print, as JSON and as a chart."""
+"""Benchmark results as a table to print, as JSON and as a chart."""
 
 import json
 import os
@@ -15,7 +15,7 @@ _BASELINES = ("adamw_fused", "sgd_fused", "sgd_sai_authors")
 
 
 def table(result: Result) -> str:
-    """A result as text: our figures, then the paper's for the same row, marked as another machine."""
+    """A result as text: our figures, then the paper's figures for the same row, marked as from another machine."""
     by_key = {row.optimizer: row for row in result.rows}
     ratios = [key for key in _BASELINES if key in by_key and by_key[key].step_ms]
     head = ["optimizer", "step ms", "quartiles", "first", "less alloc", "state GB", "peak GB", "of copy"]
@@ -53,14 +53,14 @@ def table(result: Result) -> str:
 
 
 def write_json(path: str | Path, results: Sequence[Result], **conditions: Any) -> Path:
-    """Results and the conditions they were measured under, in one piece or not at all."""
+    """Write the results and their conditions atomically."""
     content = {"benchmark": "optimizer step", **conditions, "results": [r.as_json() for r in results]}
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     return _written(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def chart(path: str | Path, results: Sequence[Result]) -> Path:
-    """Step time and state of each optimizer, one row of panels a model; the suffix of ``path`` says the format."""
+    """Plot step time and state of each optimizer, with one row per model. The suffix of ``path`` sets the format."""
     from matplotlib.figure import Figure
 
     results = [r for r in results if any(row.step_ms for row in r.rows)]
@@ -94,7 +94,7 @@ def _paper(result: Result, optimizer: str) -> Any:
 
 
 def _calibration_note(result: Result) -> str:
-    """Tables 5 and 6: the paper's step and calibration, each on its machine."""
+    """The paper's step and calibration times from Tables 5 and 6, with their machines."""
     lines = []
     for name in ("SGDM", "SGD-SaI"):
         for row in TABLES_5_AND_6.get((result.model, name), []):

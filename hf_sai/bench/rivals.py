@@ -1,4 +1,4 @@
-"""The optimizers that are compared, each made from named parameters, with defaults that do not matter to its speed."""
+"""The optimizers in the comparison, each built from named parameters. Their other settings do not affect the speed."""
 
 from collections.abc import Callable
 from functools import partial
@@ -19,12 +19,12 @@ class Rival(NamedTuple):
     """An optimizer of the comparison.
 
     Attributes:
-        title: for tables.
-        make: from the model's shapes and the named parameters.
+        title: its name in tables.
+        make: builds it from the model's shapes and the named parameters.
         in_paper: its name in the paper's tables.
-        only: the kind of device it is compared on, None for all.
-        numbers: how many its state has for each parameter, about.
-        settling: steps before an ordinary one: ours measures every gradient of its window.
+        only: the only device type on which it is compared, or None for all.
+        numbers: the approximate number of state values per parameter.
+        settling: the number of steps before an ordinary one. SGD-SaI measures every gradient in its window.
     """
 
     title: str
@@ -40,7 +40,7 @@ def _of(cls: Callable[..., Any], **options: Any) -> Callable[[Model, Named], Any
 
 
 def _sgd_sai(title: str, only: str | None = None, **options: Any) -> Rival:
-    """As the Trainer makes it: embeddings are token rows."""
+    """SGD-SaI as the Trainer builds it, with embeddings as token rows."""
 
     def make(model: Model, named: Named) -> SGDSaI:
         tokens = [p for name, p in named if _is_embedding(name)]
@@ -52,7 +52,7 @@ def _sgd_sai(title: str, only: str | None = None, **options: Any) -> Rival:
 
 
 def _installed(module: str, name: str) -> Any:
-    """A class of a package that need not be there; ImportError where it is not."""
+    """Import a class of an optional package. Raise ImportError if the package is not installed."""
     return getattr(import_module(module), name)
 
 
@@ -78,7 +78,7 @@ def _torchao(model: Model, named: Named) -> Any:
 
 
 class _Together:
-    """Several optimizers that are one: Muon takes matrices only."""
+    """Several optimizers as one, because Muon only accepts matrices."""
 
     def __init__(self, *optimizers: Any) -> None:
         self._optimizers = optimizers
@@ -107,7 +107,7 @@ _SGD = partial(torch.optim.SGD, lr=1e-4, momentum=0.9)
 
 RIVALS: dict[str, Rival] = {
     "sgd_sai": _sgd_sai(""),
-    # On a CPU weight decay costs time, and only there (and the Trainer's default is none).
+    # Weight decay costs time only on a CPU. The Trainer's default is no weight decay.
     "sgd_sai_no_decay": _sgd_sai(", no weight decay", only="cpu", weight_decay=0.0),
     "sgd_sai_foreach": _sgd_sai(", foreach", foreach=True),
     "sgd_sai_per_tensor": _sgd_sai(", per tensor", only="cuda", foreach=False, fused=False),
@@ -121,7 +121,7 @@ RIVALS: dict[str, Rival] = {
     "adamw_foreach": Rival("AdamW, foreach", _of(torch.optim.AdamW, lr=1e-4, foreach=True), "AdamW", numbers=2),
     "adamw_fused": Rival("AdamW, fused", _of(torch.optim.AdamW, lr=1e-4, fused=True), "AdamW", numbers=2),
     "adamw_8bit_bnb": Rival("AdamW 8-bit (bitsandbytes)", _bitsandbytes),
-    # torchao compiles its step, which on a CPU takes minutes.
+    # torchao compiles its step, which takes minutes on a CPU.
     "adamw_8bit_torchao": Rival("AdamW 8-bit (torchao)", _torchao, only="cuda"),
     "adafactor": Rival("Adafactor", _of(torch.optim.Adafactor, lr=1e-4)),
     "adam_mini": Rival("Adam-mini", _adam_mini, "Adam-Mini"),

@@ -1,4 +1,4 @@
-"""The parameters of well-known models, by name and shape, named as in transformers and timm; nothing is downloaded."""
+"""The parameter names and shapes of well-known models, as in transformers and timm. Nothing is downloaded."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,7 +11,7 @@ class Model(NamedTuple):
 
     title: str
     shapes: Shapes
-    dim: int  # of the residual stream, for optimizers that split attention by heads
+    dim: int  # the width of the residual stream, for optimizers that split attention by heads
     heads: int
 
 
@@ -88,7 +88,7 @@ MODELS = tuple(_MODELS)
 
 
 def model(name: str) -> Model:
-    """The model of that name; ValueError that lists the names for another."""
+    """Return the model with this name. For an unknown name, raise a ValueError that lists the names."""
     if name not in _MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
     return _MODELS[name]()

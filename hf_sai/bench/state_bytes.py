@@ -1,4 +1,4 @@
-"""How many bytes an optimizer's state takes on this process."""
+"""The size of an optimizer's state on this process."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -7,11 +7,12 @@ from torch import Tensor
 
 
 def optimizer_state_bytes(optimizer: Any) -> int:
-    """Bytes of the tensors in the optimizer's state held by this process; one shared by several blocks counts once.
+    """The size in bytes of the tensors in the optimizer's state on this process. Shared tensors count once.
+
+    For a sharded tensor, the local part counts. For a quantised tensor, its component tensors count.
 
     Args:
-        optimizer: what has a ``state``, as torch's optimizers have, or accelerate's wrapper around one. Of a sharded
-            tensor the local part counts, of a quantised one the tensors it is made of.
+        optimizer: an object with ``state`` like torch's optimizers, or accelerate's wrapper around one.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)
     distinct = {(t.device, t.data_ptr(), t.numel(), t.dtype): t for t in _tensors(list(optimizer.state.values()))}
@@ -23,7 +24,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         if hasattr(value, "to_local"):  # DTensor
             yield from _tensors(value.to_local())
-        elif hasattr(value, "__tensor_flatten__"):  # a subclass made of several tensors: quantised state
+        elif hasattr(value, "__tensor_flatten__"):  # a quantised tensor is a subclass made of several tensors
             for name in value.__tensor_flatten__()[0]:
                 yield from _tensors(getattr(value, name))
         else:

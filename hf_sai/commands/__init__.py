@@ -1,1 +1,1 @@
-"""The subcommands of `hf-sai`, one module each; `hf_sai/cli.py` lists them and says what a module must have."""
+"""The subcommands of `hf-sai`, one module each. `hf_sai/cli.py` lists them and defines their interface."""

