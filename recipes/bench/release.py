@@ -10,6 +10,7 @@ from recipes.common.start import run_main
 
 import argparse
 import gc
+import importlib
 import math
 import sys
 import time
@@ -45,11 +46,10 @@ def _sgd_sai(model: torch.nn.Module) -> Any:
 
 def _adamw_8bit(model: torch.nn.Module) -> Any:
     try:
-        from bitsandbytes.optim import AdamW8bit
+        package: Any = importlib.import_module("bitsandbytes.optim")
     except ModuleNotFoundError:
-        from torchao.optim import AdamW8bit
-
-    return AdamW8bit(model.parameters(), lr=1e-5)
+        package = importlib.import_module("torchao.optim")
+    return package.AdamW8bit(model.parameters(), lr=1e-5)
 
 
 RUNS: dict[str, Callable[[torch.nn.Module], Any]] = {

@@ -24,10 +24,15 @@ class CellConfig(PreTrainedConfig):
     model_type = "hf_sai_cell"
 
     def __init__(
-        self, cell: int = 0, width: int = 16, stages: int = 3, num_channels: int = 3, num_labels: int = 10, **kwargs: Any
+        self,
+        cell: int = 0,
+        width: int = 16,
+        stages: int = 3,
+        num_channels: int = 3,
+        **kwargs: Any,
     ) -> None:
         self.cell, self.width, self.stages, self.num_channels = cell, width, stages, num_channels
-        super().__init__(num_labels=num_labels, **kwargs)
+        super().__init__(**kwargs)
 
 
 def operations(cell: int) -> list[str]:
@@ -88,7 +93,7 @@ class CellNetwork(PreTrainedModel):
     config_class = CellConfig
     main_input_name = "pixel_values"
 
-    def __init__(self, config: CellConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
         widths = [config.width * 2**stage for stage in range(config.stages)]
         stem = nn.Conv2d(config.num_channels, config.width, 3, padding=1, bias=False)

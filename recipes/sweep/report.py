@@ -124,7 +124,8 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
     rows, metric = content["runs"], content["metric"]
     names = list(dict.fromkeys(row["run"] for row in rows))
     axes = list(dict.fromkeys(axis for row in rows for axis in row["point"]))
-    second = [axis for axis in axes if axis != "learning_rate"]
+    numbers = {axis for row in rows for axis, value in row["point"].items() if isinstance(value, int | float)}
+    second = [axis for axis in axes if axis != "learning_rate" and axis in numbers]
     lines = math.ceil(len(names) / _MAPS) if second else 0
     figure = _figure(11, 4.2 + 2.2 * lines)
     cells = figure.add_gridspec(1 + lines, _MAPS, height_ratios=[4.2, *[2.2] * lines])

@@ -106,7 +106,7 @@ SWEEPS: dict[str, tuple[Any, str]] = {
     "nothing": ({}, "lacks recipe, base, runs, output, results"),
     "no processes": ({**SWEEP, "processes": 0}, "processes must be a whole number of at least 1, got 0"),
     "runs a list": ({**SWEEP, "runs": ["a"]}, r"runs must be `key: value` lines, got \['a'\]"),
-    "a run that is a word": ({**SWEEP, "runs": {"a": "b"}}, "runs: a must have `options` and `grid`, got 'b'"),
+    "a run that is a word": ({**SWEEP, "runs": {"a": "b"}}, "runs: a must have `options`, `grid` and `seeds`, got 'b'"),
     "a rate for rates": (
         {**SWEEP, "runs": {"a": {"grid": {"learning_rate": 1}}}},
         "runs: a: grid: learning_rate must be a list of values, got 1",
