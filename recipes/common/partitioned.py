@@ -70,10 +70,9 @@ class Partitioned(Optimizer):
         shared = {p: names[p].layer if partition == "layer" else 0 if partition == "model" else None for p in names}
         options = {"lr": lr, "running": running, "momentum": momentum, "window": window, "bound": bound}
         super().__init__(param_groups(model, weight_decay), options)
-        self._blocks: dict[Any, list[tuple[Tensor, dict[str, Any]]]] = {}
-        for group in self.param_groups:
-            for p in group["params"]:
-                self._blocks.setdefault(p if shared[p] is None else shared[p], []).append((p, group))
+        self._blocks: dict[Any, list[Tensor]] = {}
+        for p in (p for group in self.param_groups for p in group["params"]):
+            self._blocks.setdefault(p if shared[p] is None else shared[p], []).append(p)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -82,14 +81,16 @@ class Partitioned(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # Those of now: `load_state_dict`, which accelerate calls as it prepares an optimizer, replaces the groups.
+        groups = {p: group for group in self.param_groups for p in group["params"]}
         for members in self._blocks.values():
-            usable = [(p, p.grad, group) for p, group in members if p.grad is not None and bool(p.grad.any())]
+            usable = [(p, p.grad, groups[p]) for p in members if p.grad is not None and bool(p.grad.any())]
             if usable:
-                self._accumulate(self.state[members[0][0]], usable)
-            for p, group in members:
+                self._accumulate(self.state[members[0]], usable)
+            for p in members:
                 if p.grad is not None and "momentum" in self.state[p]:
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.sub_(group["lr"] * self.state[p]["momentum"])
+                    p.mul_(1 - groups[p]["lr"] * groups[p]["weight_decay"])
+                    p.sub_(groups[p]["lr"] * self.state[p]["momentum"])
         return loss
 
     def _accumulate(self, block: dict[str, Any], usable: list[tuple[Tensor, Tensor, dict[str, Any]]]) -> None:

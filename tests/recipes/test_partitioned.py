@@ -132,6 +132,20 @@ def test_a_tensor_without_gradient_waits_and_a_shared_scale_leaves_it_out():
     torch.testing.assert_close(lead["rms"][0], torch.tensor([4.0]))
 
 
+def test_a_learning_rate_that_is_set_after_a_load_holds():
+    """As under accelerate, which loads an optimizer's own state dict when it prepares it."""
+    model = gpt2()
+    optimizer = Partitioned(model, 1e-2)
+    optimizer.load_state_dict(optimizer.state_dict())
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    before = [p.clone() for p in model.parameters()]
+    for _ in gradients(model, 2):
+        optimizer.step()
+    for p, was in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, was)
+
+
 def test_what_is_refused():
     with pytest.raises(UserError, match=r"partition must be one of model, .*, got 'row'"):
         Partitioned(nn.Linear(2, 2), 1e-3, partition="row")
