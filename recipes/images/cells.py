@@ -40,6 +40,15 @@ def operations(cell: int) -> list[str]:
     return [OPERATIONS[cell // len(OPERATIONS) ** k % len(OPERATIONS)] for k in range(len(EDGES))]
 
 
+def is_connected(cell: int) -> bool:
+    """Whether the last node depends on the first."""
+    reached = {0}
+    for (i, j), name in zip(EDGES, operations(cell), strict=True):
+        if i in reached and name != "none":
+            reached.add(j)
+    return NODES - 1 in reached
+
+
 def _convolution(inputs: int, outputs: int, kernel: int) -> nn.Module:
     return nn.Sequential(
         nn.ReLU(), nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(outputs)

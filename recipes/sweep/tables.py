@@ -9,6 +9,7 @@ from recipes.common.start import run_main
 
 import argparse
 import json
+import math
 import re
 import statistics
 import sys
@@ -251,12 +252,81 @@ def sharded_steps(record: Mapping[str, Any]) -> str:
     )
 
 
+def partitions(*records: Mapping[str, Any]) -> str:
+    """A row for each partition, and for each sweep its value frozen and running and its state over AdamW's."""
+
+    def value(record: Mapping[str, Any], name: str) -> str:
+        best, seeds = record["best"].get(name), record["over_seeds"].get(name)
+        if best is None:
+            return "-"
+        percent = 100 if larger_is_better(record["metric"]) else 1
+        digits, edge = (1, 3)[percent == 1], "*" * bool(best["at_edge"])
+        if seeds is None or seeds["mean"] is None:
+            return f"{percent * best['value']:.{digits}f}{edge}" if math.isfinite(best["value"]) else "diverged"
+        mean, least, most = (f"{percent * seeds[key]:.{digits}f}" for key in ("mean", "min", "max"))
+        return f"{mean}{edge} ({least} to {most})" if seeds["seeds"] > 1 else f"{mean}{edge}"
+
+    def state(record: Mapping[str, Any], name: str) -> int:
+        return next((int(r["optimizer_state_bytes"]) for r in record["runs"] if r["run"] == name), 0)
+
+    names = dict.fromkeys(re.sub(" (frozen|running)$", "", name) for name in records[0]["best"])
+    rows, header = [], [""]
+    for record in records:
+        title = find_config(record["sweep"]).read_text(encoding="utf-8").splitlines()[0]
+        job = title.partition("scale, ")[2].partition(":")[0]
+        header += [f"{job}: frozen", "running", "state"]
+    for name in names:
+        cells = []
+        for record in records:
+            single = name in record["best"]
+            ratio = state(record, name if single else f"{name} frozen") / state(record, "AdamW")
+            both = [value(record, name), ""] if single else [value(record, f"{name} {way}") for way in _WAYS]
+            cells += [*both, f"{ratio:.3f}"]
+        rows.append([name.replace("row_column", "row and column"), *cells])
+    seeds = max(one["seeds"] for record in records for one in record["over_seeds"].values())
+    devices = ", ".join(sorted({str(row["device"]) for record in records for row in record["runs"]}))
+    commands = ", ".join(f"`python -m recipes.sweep {record['sweep']}`" for record in records)
+    return (
+        f"{markdown(header, rows)}\n\nAt the best rate of the grid, mean and range of {seeds} seeds. An asterisk: the "
+        f"best rate is the lowest or the highest. *State*: over AdamW's. {devices}. {commands}"
+    )
+
+
+_WAYS = ("frozen", "running")
+
+
+def cells(record: Mapping[str, Any]) -> str:
+    """Accuracy of each optimizer over the connected cells of `recipes.studies.cells`, and what correlates with it."""
+    if sealed(record)["digest"] != record.get("digest"):
+        raise UserError(f"the record of {record['recipe']!r} was edited: its digest differs; make it again")
+    connected = [cell["cell"] for cell in record["cells"] if cell["connected"]]
+    most = {cell: max(own["accuracy"][cell] for own in record["optimizers"].values()) for cell in connected}
+    rows, correlated = [], []
+    for name, own in record["optimizers"].items():
+        values = [100 * own["accuracy"][cell] for cell in connected]
+        low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+        best = sum(own["accuracy"][cell] == most[cell] for cell in connected)
+        rate = f"{own['learning_rate']:g}{' (edge)' if own['at_edge'] else ''}"
+        rows.append([name, rate, f"{middle:.1f} ({low:.1f} to {high:.1f})", f"{min(values):.1f}", str(best)])
+        spearman = own["spearman"].values()
+        correlated.append([name, *(f"{one['rho']:+.2f} (p {one['p']:.2g})" for one in spearman)])
+    features = list(next(iter(record["optimizers"].values()))["spearman"])
+    return (
+        markdown(["", "learning rate", "accuracy, %: median (quartiles)", "least", "best in cells"], rows)
+        + f"\n\n{len(connected)} connected cells, one seed, the rate with the best mean of three. Ties count twice.\n\n"
+        + markdown(["rank correlation with accuracy", *features], correlated)
+        + f"\n\n{record['machine']['cpu']}, torch {record['versions']['torch']}. `{record['command']}`"
+    )
+
+
 TABLES: dict[str, Callable[..., str]] = {
     "sweep": sweep,
     "rates": rates,
     "versus": versus,
     "gsnr": gsnr,
     "speed": speed,
+    "partitions": partitions,
+    "cells": cells,
     "sharded_memory": sharded_memory,
     "sharded_steps": sharded_steps,
 }
@@ -280,7 +350,7 @@ def rewritten(text: str) -> str:
         if kind not in TABLES or missing:
             what = f"must be one of {', '.join(TABLES)}" if kind not in TABLES else f"needs {', '.join(missing)}"
             raise UserError(f"table: {kind} {match['records']}: {kind} {what}")
-        read = read_results if kind in ("sweep", "rates", "versus") else _read
+        read = read_results if kind in ("sweep", "rates", "versus", "partitions") else _read
         return f"{match['start']}{TABLES[kind](*map(read, paths))}\n{match['end']}"
 
     block = r"(?P<start><!-- table: (?P<kind>\w+) (?P<records>[\w ]+) -->\n).*?(?P<end><!-- end -->)"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from recipes.common.errors import UserError
-from recipes.images.cells import CELLS, EDGES, OPERATIONS, Cell, operations
+from recipes.images.cells import CELLS, EDGES, OPERATIONS, Cell, is_connected, operations
 from recipes.images.models import ImageModelArguments, build_model
 
 
@@ -32,6 +32,14 @@ def test_nodes_are_sums_over_their_edges():
     assert torch.equal(Cell(number(e01=skip, e02=skip, e12=skip, e03=skip, e13=skip, e23=skip), 2)(x), 4 * x)
     pooled = torch.nn.functional.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
     assert torch.equal(Cell(number(e03="avg_pool_3x3"), 2)(x), pooled)
+
+
+def test_a_cell_is_connected_where_its_output_depends_on_its_input():
+    x = torch.rand(2, 2, 3, 3)
+    torch.manual_seed(0)
+    for cell in [*range(0, CELLS, 97), number(e01="skip_connect", e23="skip_connect"), number(e03="avg_pool_3x3")]:
+        depends = not torch.equal(Cell(cell, 2)(x), torch.zeros_like(x))
+        assert is_connected(cell) == depends, operations(cell)
 
 
 def test_a_network_by_the_number_of_its_cell():

@@ -26,6 +26,7 @@ from recipes.e2e.train import predictions_table
 from recipes.pretrain.train import ModelArguments, PretrainArguments
 from recipes.sweep import report as report_module
 from recipes.sweep import run as engine
+from recipes.sweep import tables
 from recipes.sweep.report import best_points, curves, larger_is_better, pareto, pareto_front, read_results
 from recipes.sweep.run import Sweep, do, finals, planned, report
 
@@ -339,6 +340,27 @@ def test_heat_map_and_pareto_figures_are_drawn(tmp_path, made):
     assert (tmp_path / "results" / "name.png").stat().st_size > 1000
     pareto([content, content], tmp_path / "pareto.png")
     assert (tmp_path / "pareto.png").stat().st_size > 1000
+
+
+def test_table_of_partitions():
+    def own(run: str, rate: float, value: float, size: int) -> dict:
+        return {**row(run, rate, value), "optimizer_state_bytes": size, "device": "a CPU"}
+
+    runs = [own("head frozen", 1.0, 3.0, 51), own("head frozen", 2.0, 2.0, 51), own("head frozen", 4.0, 2.5, 51)]
+    runs += [own("head running", 1.0, 2.25, 51), own("head running", 2.0, 4.0, 51), own("AdamW", 1.0, 2.5, 100)]
+    finals = [own("head frozen", 2.0, value, 51) for value in (2.0, 2.5)]
+    record = {
+        "sweep": "partition_text.yaml",
+        "metric": "eval_loss",
+        "runs": runs,
+        "best": best_points(runs, "eval_loss"),
+        "over_seeds": report_module.over_seeds(finals),
+    }
+    text = tables.partitions(record)
+    assert "|  | from scratch (GPT-2 0.3 M): frozen | running | state |" in text
+    assert "| head | 2.250 (2.000 to 2.500) | 2.250* | 0.510 |" in text
+    assert "| AdamW | 2.500 |  | 1.000 |" in text
+    assert "mean and range of 2 seeds" in text
 
 
 @pytest.mark.parametrize(
