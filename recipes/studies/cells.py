@@ -11,7 +11,6 @@ rank correlation, over the cells whose output depends on their input).
 from recipes.common.start import run_main
 
 import argparse
-import importlib
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,10 @@ from hf_sai import SGDSaI, gsnr_table
 from recipes.common.errors import UserError
 from recipes.common.files import check_writable, write_json
 from recipes.common.provenance import run_record, sealed
+from recipes.images.cells import is_connected
+from recipes.images.data import ImageArguments, load_images
+from recipes.images.models import ImageModelArguments, build_model
+from recipes.sweep.report import read_results
 
 BATCH = 256
 # What is known of a cell before it trains: of its g-SNR / sqrt(d) the least and the median over the parameters and the
@@ -40,11 +43,10 @@ def measure(model: str, base: Mapping[str, Any]) -> dict[str, Any]:
         model: `cell_N`.
         base: the configuration of the sweep's runs.
     """
-    data_module, models = (importlib.import_module(f"recipes.images.{name}") for name in ("data", "models"))
     set_seed(0)
-    data = data_module.load_images(data_module.ImageArguments(dataset=base["dataset"]), 0)
-    chosen = models.ImageModelArguments(model=model, model_options=base.get("model_options"))
-    network = models.build_model(chosen, data.image_size, data.channels, data.classes).train()
+    data = load_images(ImageArguments(dataset=base["dataset"]), 0)
+    chosen = ImageModelArguments(model=model, model_options=base.get("model_options"))
+    network = build_model(chosen, data.image_size, data.channels, data.classes).train()
     batch = data.train.__getitems__(list(range(BATCH)))
     logits = network(pixel_values=batch["pixel_values"]).logits
     torch.nn.functional.cross_entropy(logits, batch["labels"]).backward()
@@ -53,7 +55,7 @@ def measure(model: str, base: Mapping[str, Any]) -> dict[str, Any]:
     ratios = [row.gsnr / math.sqrt(row.numel) for row in gsnr_table(optimizer, network) if row.calibrated]
     return {
         "cell": model,
-        "connected": importlib.import_module("recipes.images.cells").is_connected(int(model.removeprefix("cell_"))),
+        "connected": is_connected(int(model.removeprefix("cell_"))),
         "least": min(ratios),
         "median": statistics.median(ratios),
         "decades": math.log10(max(ratios) / min(ratios)),
@@ -101,7 +103,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.record:
         check_writable("--record", args.record.parent)
-    rows = importlib.import_module("recipes.sweep.report").read_results(args.sweep)["runs"]
+    rows = read_results(args.sweep)["runs"]
     best = best_rates(rows)
     cells = [measure(cell, rows[0]["settings"]["base"]) for cell in next(iter(best.values()))["accuracy"]]
     for own in best.values():
