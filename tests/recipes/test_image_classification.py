@@ -603,7 +603,7 @@ def test_small_images_keep_their_size_in_the_stem_of_a_resnet():
 
 def test_every_configuration_is_read(monkeypatch):
     monkeypatch.setattr("recipes.common.config.expand", lambda value: (value, None))  # the data need not be here
-    assert len(CONFIGS) == 6
+    assert len(CONFIGS) == 7
     for path in CONFIGS:
         words = [str(path), "--use_cpu", "true"]  # bf16 is refused where there is no GPU, unless that is meant
         _, model, args = read_config((ImageArguments, ImageModelArguments, ClassifierArguments), words, None)
