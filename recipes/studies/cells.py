@@ -64,14 +64,18 @@ def measure(model: str, base: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def best_rates(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Of each optimizer the rate with the best mean accuracy over all cells, and its accuracies by cell."""
+    """Of each optimizer the rate with the best mean accuracy over all cells, and its accuracies by cell.
+
+    Rates at which not every cell has run are left out.
+    """
     found: dict[str, dict[float, dict[str, float]]] = {}
     for row in rows:
         rates = found.setdefault(row["run"], {})
         rates.setdefault(row["point"]["learning_rate"], {})[row["point"]["model"]] = row["value"] or 0.0  # diverged
-    counts = {len(cells) for rates in found.values() for cells in rates.values()}
-    if len(counts) != 1:
-        raise UserError(f"the sweep is not finished: its rates have {sorted(counts)} cells; run it again")
+    most = max(len(cells) for rates in found.values() for cells in rates.values())
+    found = {name: {x: cells for x, cells in rates.items() if len(cells) == most} for name, rates in found.items()}
+    if missing := [name for name, rates in found.items() if not rates]:
+        raise UserError(f"the sweep is not finished: {', '.join(missing)} has no rate with {most} cells; run it again")
     best = {name: max(rates, key=lambda rate: statistics.fmean(rates[rate].values())) for name, rates in found.items()}
     return {
         name: {

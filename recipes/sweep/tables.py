@@ -283,11 +283,12 @@ def partitions(*records: Mapping[str, Any]) -> str:
             both = [value(record, name), ""] if single else [value(record, f"{name} {way}") for way in _WAYS]
             cells += [*both, f"{ratio:.3f}"]
         rows.append([name.replace("row_column", "row and column"), *cells])
-    seeds = max(one["seeds"] for record in records for one in record["over_seeds"].values())
+    counts = {record["over_seeds"].get(name, {}).get("seeds", 1) for record in records for name in record["best"]}
+    seeds = f"{counts.pop()} seeds" if len(counts) == 1 else "those seeds that have run"
     devices = ", ".join(sorted({str(row["device"]) for record in records for row in record["runs"]}))
     commands = ", ".join(f"`python -m recipes.sweep {record['sweep']}`" for record in records)
     return (
-        f"{markdown(header, rows)}\n\nAt the best rate of the grid, mean and range of {seeds} seeds. An asterisk: the "
+        f"{markdown(header, rows)}\n\nAt the best rate of the grid, mean and range of {seeds}. An asterisk: the "
         f"best rate is the lowest or the highest. *State*: over AdamW's. {devices}. {commands}"
     )
 
