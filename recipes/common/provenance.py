@@ -99,11 +99,16 @@ def _path_digest(path: Path, option: str) -> str:
     return digest({name: one for name, one in files.items() if "checkpoint-" not in name})
 
 
+@functools.cache
+def _digits_digest() -> str:
+    from sklearn.datasets import load_digits
+
+    return hashlib.sha256(load_digits().data.tobytes()).hexdigest()[:16]
+
+
 def _word_digest(option: str, word: str) -> str:
     if option == "dataset" and word == "digits":
-        from sklearn.datasets import load_digits
-
-        return hashlib.sha256(load_digits().data.tobytes()).hexdigest()[:16]
+        return _digits_digest()
     if word == SAMPLE and option in ("train_files", "text"):
         word = str(sample_file())
     elif option == "model" and word == SMOLLM2:

@@ -38,7 +38,7 @@ from typing import Any
 
 import torch
 
-from recipes.common.config import read_yaml
+from recipes.common.config import find_config, read_yaml
 from recipes.common.errors import UserError, did_you_mean
 from recipes.common.files import write_json, write_text
 from recipes.common.interrupt import resumable, worker_start
@@ -142,7 +142,8 @@ class Run:
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
         """What decides the result, of data the content and no place: a row counts for a run with the same ones."""
-        base = read_yaml(self.base)
+        file = find_config(self.base)
+        base = _base(self.base, file.stat().st_mtime_ns if file.exists() else 0)
         given = base | self.options
         types = _job(self.recipe).CONFIG_TYPES
         chosen = defaults(types) | given
@@ -164,6 +165,12 @@ class Run:
         """The command that makes this run alone, in the recipe's own output folder."""
         words = ["python", "-m", f"recipes.{self.recipe}", Path(self.base).name]
         return shlex.join([*words, *_words(without_folders(self.options))])
+
+
+@functools.lru_cache(maxsize=1)
+def _base(path: str, changed: int) -> dict[str, Any]:
+    """A base configuration; read once for all runs of a sweep unless it changes."""
+    return read_yaml(path)
 
 
 def _job(name: str) -> Any:
