@@ -22,6 +22,7 @@ from scipy.stats import spearmanr
 from transformers import set_seed
 
 from hf_sai import SGDSaI, gsnr_table
+from recipes.common.config import read_yaml
 from recipes.common.errors import UserError
 from recipes.common.files import check_writable, write_json
 from recipes.common.provenance import run_record, sealed
@@ -107,9 +108,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.record:
         check_writable("--record", args.record.parent)
-    rows = read_results(args.sweep)["runs"]
-    best = best_rates(rows)
-    cells = [measure(cell, rows[0]["settings"]["base"]) for cell in next(iter(best.values()))["accuracy"]]
+    content = read_results(args.sweep)
+    best, base = best_rates(content["runs"]), read_yaml(content["base"])
+    cells = [measure(cell, base) for cell in next(iter(best.values()))["accuracy"]]
     for own in best.values():
         own["spearman"] = correlations(cells, own["accuracy"])
     for name, own in best.items():
