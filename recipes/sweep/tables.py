@@ -284,7 +284,8 @@ def partitions(*records: Mapping[str, Any]) -> str:
             cells += [*both, f"{ratio:.3f}"]
         rows.append([name.replace("row_column", "row and column"), *cells])
     counts = {record["over_seeds"].get(name, {}).get("seeds", 1) for record in records for name in record["best"]}
-    seeds = f"{counts.pop()} seeds" if len(counts) == 1 else "those seeds that have run"
+    most = max(counts)
+    seeds = f"{most} seed{'s' * (most > 1)}" if len(counts) == 1 else "those seeds that have run"
     devices = ", ".join(sorted({str(row["device"]) for record in records for row in record["runs"]}))
     commands = ", ".join(f"`python -m recipes.sweep {record['sweep']}`" for record in records)
     return (
