@@ -190,10 +190,14 @@ def versus(*records: Mapping[str, Any]) -> str:
     )
 
 
-def _sharded(record: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
-    """A title, AdamW's row and SGD-SaI's, for each model and number of devices of `recipes.studies.sharded`."""
+def _check_unedited(record: Mapping[str, Any]) -> None:
     if sealed(record)["digest"] != record.get("digest"):
         raise UserError(f"the record of {record['recipe']!r} was edited: its digest differs; make it again")
+
+
+def _sharded(record: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
+    """A title, AdamW's row and SGD-SaI's, for each model and number of devices of `recipes.studies.sharded`."""
+    _check_unedited(record)
     found: dict[tuple[str, int], dict[str, Mapping[str, Any]]] = {}
     for row in record["rows"]:
         found.setdefault((row["model"], row["devices"]), {})[row["optimizer"]] = row
@@ -299,8 +303,7 @@ _WAYS = ("frozen", "running")
 
 def cells(record: Mapping[str, Any]) -> str:
     """Accuracy of each optimizer over the connected cells of `recipes.studies.cells`, and what correlates with it."""
-    if sealed(record)["digest"] != record.get("digest"):
-        raise UserError(f"the record of {record['recipe']!r} was edited: its digest differs; make it again")
+    _check_unedited(record)
     connected = [cell["cell"] for cell in record["cells"] if cell["connected"]]
     most = {cell: max(own["accuracy"][cell] for own in record["optimizers"].values()) for cell in connected}
     rows, correlated = [], []
@@ -315,7 +318,8 @@ def cells(record: Mapping[str, Any]) -> str:
     features = list(next(iter(record["optimizers"].values()))["spearman"])
     return (
         markdown(["", "learning rate", "accuracy, %: median (quartiles)", "least", "best in cells"], rows)
-        + f"\n\n{len(connected)} connected cells, one seed, the rate with the best mean of three. Ties count twice.\n\n"
+        + f"\n\n{len(connected)} connected cells, one seed, the rate with the best mean of three. "
+        "A tie counts for each optimizer in it.\n\n"
         + markdown(["rank correlation with accuracy", *features], correlated)
         + f"\n\n{record['machine']['cpu']}, torch {record['versions']['torch']}. `{record['command']}`"
     )
